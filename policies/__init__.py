@@ -1,0 +1,1 @@
+"""Scheduling policies: one class, one file, written once, simulated and deployed unchanged."""

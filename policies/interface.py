@@ -1,0 +1,405 @@
+"""What a policy sees and what it may answer.
+
+Theory of operation. A driver (the simulator or the proxy) reports *events* to a
+`SchedulerCore`; the core asks the policy one question at a time and returns *actions* for the
+driver to perform. Everything here is data: no clock, no I/O. Times are seconds on the driver's
+own monotonic clock and reach a policy only as `view.now_s` and as fields of events.
+
+Verdicts of `Policy.place`: `Dispatch`, `Hold`, `Shed`, `Preempt`.
+Actions of `Policy.plan`: `Dispatch`, `Shed`, `Preempt`, `Launch`, `Retire`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from numpy.random import Generator
+
+# --------------------------------------------------------------------------------------
+# Facts about a request
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """What a scheduler may know of a request. Never its true output length (invariant I8)."""
+
+    id: str
+    model: str
+    arrived_s: float
+    prompt_tokens: int
+    max_output_tokens: int
+    streamed: bool = True
+    priority: int = 0
+    """Smaller is more urgent, as in vLLM."""
+    tenant: str = ""
+    traffic_class: str = ""
+    deadline_s: float | None = None
+    """Absolute time by which a request still in the central queue is shed."""
+    prefix_blocks: tuple[int, ...] = ()
+    """Chained content hashes of the prompt's blocks: equal values mean equal prefixes."""
+    prefix_block_tokens: int = 0
+    """Tokens per prefix block (512 Mooncake, 64 Weka, 16 Qwen); bytes in the proxy."""
+    predicted_output_tokens: int | None = None
+    """A length predictor's guess; None without a predictor."""
+
+    @property
+    def expected_tokens(self) -> int:
+        """Prompt plus predicted output (the output limit without a predictor)."""
+        predicted = self.predicted_output_tokens
+        return self.prompt_tokens + (self.max_output_tokens if predicted is None else predicted)
+
+
+# --------------------------------------------------------------------------------------
+# Events: what a driver reports
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A client sent a request."""
+
+    now_s: float
+    request: RequestView
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The first byte of a streamed answer reached the client. Plain requests have none."""
+
+    now_s: float
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The attempt produced a whole answer of `output_tokens`."""
+
+    now_s: float
+    request_id: str
+    attempt: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The attempt ended in an error.
+
+    `retryable`: no byte reached the client, so another worker may try. `worker_fault`: it
+    counts against the replica (a refused bad request does not).
+    """
+
+    now_s: float
+    request_id: str
+    attempt: int
+    reason: str
+    retryable: bool
+    worker_fault: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Attempt `attempt` was aborted; or, with `attempt` 0, the client has left."""
+
+    now_s: float
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaChanged:
+    """A replica appeared, changed state or went away.
+
+    States: `starting`, `ready`, `draining` (finishes what it has, takes no more), `gone`.
+    The descriptive fields matter when the replica is first seen.
+    """
+
+    now_s: float
+    replica_id: str
+    state: str
+    model: str = ""
+    devices: tuple[str, ...] = ()
+    max_num_seqs: int = 0
+    kv_blocks: int = 0
+    block_tokens: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """A scrape of one replica's metrics, sampled at `sampled_s`, delivered at `now_s`."""
+
+    now_s: float
+    replica_id: str
+    sampled_s: float
+    running: int
+    waiting: int
+    kv_usage: float
+    """Share of the KV blocks in use, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchFailed:
+    """A `Launch` came to nothing."""
+
+    now_s: float
+    replica_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The operator's limits, applied by the core whatever the policy."""
+
+    max_queued: int | None = None
+    """Requests held centrally beyond this are shed as `queue_full`."""
+    queue_timeout_s: float | None = None
+    """A request held longer than this is shed as `timeout`."""
+    eject_after: int = 3
+    """Consecutive failures after which a replica takes no requests."""
+    eject_s: float = 10.0
+    """How long; afterwards a single request tries it again (half-open)."""
+    max_attempts: int = 2
+    """Dispatches of one request, counting retries after a failure (not after a Preempt)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChanged:
+    """The operator changed the limits while running."""
+
+    now_s: float
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time `SchedulerCore.next_timer_s` asked for has come."""
+
+    now_s: float
+
+
+Event: TypeAlias = (
+    Arrived
+    | FirstToken
+    | Finished
+    | Failed
+    | Cancelled
+    | ReplicaChanged
+    | Gauges
+    | LaunchFailed
+    | ConfigChanged
+    | Tick
+)
+
+# --------------------------------------------------------------------------------------
+# Verdicts and actions: what a policy answers and a driver performs
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send the request to the replica. The core numbers the attempt."""
+
+    request_id: str
+    replica_id: str
+    engine_priority: int = 0
+    """Priority inside the engine (vLLM's `--scheduling-policy priority`; smaller first)."""
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Keep the request, and its lane, waiting until the next event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """Refuse the request. The core's own reasons: `queue_full`, `timeout`, `deadline`,
+    `failed: ...`."""
+
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """Withdraw a dispatched request and put it back in the queue.
+
+    Legal only before its first byte reached the client: a real vLLM can only be aborted from
+    outside, and what the client has seen cannot be taken back.
+    """
+
+    request_id: str
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Start a replica of `model` on `devices`; the tensor-parallel degree is their number."""
+
+    model: str
+    devices: tuple[str, ...]
+    replica_id: str = ""
+    """Given by the core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """Drain the replica, then stop it."""
+
+    replica_id: str
+
+
+Verdict: TypeAlias = Dispatch | Hold | Shed | Preempt
+Action: TypeAlias = Dispatch | Shed | Preempt | Launch | Retire
+
+# --------------------------------------------------------------------------------------
+# Views: read-only windows on the core's live state
+
+
+class ReplicaView(Protocol):
+    """One replica as the scheduler knows it.
+
+    `inflight_requests` and `outstanding_tokens` are the driver's own counts and exact. The
+    gauges (`running`, `waiting`, `kv_usage`) are as old as `age_s` says; they are 0 and
+    `age_s` is infinite before the first scrape.
+    """
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def devices(self) -> tuple[str, ...]: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def kv_blocks(self) -> int: ...
+    @property
+    def block_tokens(self) -> int: ...
+    @property
+    def inflight_requests(self) -> int: ...
+    @property
+    def outstanding_tokens(self) -> int:
+        """Prompt + predicted output of what is in flight, charged at dispatch."""
+
+    @property
+    def unscraped_tokens(self) -> int:
+        """Prompt tokens dispatched since the last gauges were sampled."""
+
+    @property
+    def withdrawing_requests(self) -> int:
+        """Requests in flight that a `Preempt` is taking back; their slots are not free yet."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def kv_usage(self) -> float: ...
+    @property
+    def age_s(self) -> float: ...
+
+
+class LaneView(Protocol):
+    """One lane of the central queue."""
+
+    @property
+    def key(self) -> Hashable: ...
+    @property
+    def head(self) -> RequestView: ...
+    @property
+    def rank(self) -> Any:
+        """`Policy.rank` of the head."""
+
+    def __len__(self) -> int: ...
+
+
+class ClusterView(Protocol):
+    """The cluster at the moment of a question. Valid during that call only."""
+
+    @property
+    def now_s(self) -> float: ...
+    @property
+    def replicas(self) -> Sequence[ReplicaView]:
+        """All replicas, whatever their state, ordered by id."""
+
+    @property
+    def queued_requests(self) -> int: ...
+    def ready(self, model: str) -> Sequence[ReplicaView]:
+        """Replicas of `model` that take requests now (not ejected, not draining, and not the
+        one where this request just failed), ordered by id."""
+
+    def replica(self, replica_id: str) -> ReplicaView:
+        """One replica. Raises KeyError for an unknown id."""
+
+    def request(self, request_id: str) -> RequestView:
+        """A request in the queue or in flight. Raises KeyError for an unknown id."""
+
+    def inflight(self, replica_id: str) -> Iterator[RequestView]:
+        """Requests in flight on the replica, in the order of their dispatch."""
+
+
+# --------------------------------------------------------------------------------------
+# The policy
+
+
+class Policy(ABC):
+    """Answers one scheduling question at a time.
+
+    `place` and `plan` are functions of their arguments, of `rng`, and of what `observe`
+    remembered: no clock, no I/O, no global randomness. So the simulator and the proxy can ask
+    the same object the same questions and get the same answers.
+    """
+
+    rng: Generator
+    """The driver gives each policy its own stream before the first question."""
+    tick_s: float | None = None
+    """Ask for `plan` this often; None: never."""
+    preempts: bool = False
+    """Whether the policy may answer `Preempt`. Only then, or with an `observe` of its own, do
+    drivers report `FirstToken`; events nobody observes are not built."""
+
+    def lane(self, request: RequestView) -> Hashable:
+        """Which lane of the central queue. A held head blocks its own lane only."""
+        return request.model
+
+    def rank(self, request: RequestView) -> Any:
+        """Sort key within the lane, smallest first. Asked once, on arrival."""
+        return request.arrived_s
+
+    def next_lane(self, lanes: Mapping[Hashable, LaneView], view: ClusterView) -> Hashable:
+        """The lane whose head is asked about next, of those not held at the moment."""
+        return min(lanes.values(), key=lambda lane: (lane.rank, lane.head.arrived_s)).key
+
+    @abstractmethod
+    def place(self, request: RequestView, view: ClusterView) -> Verdict:
+        """Decide for the request at the head of a lane.
+
+        Asked after every event until it answers Hold or the lane is empty. After a Preempt it
+        is asked again about the same request once the victim's slot is free.
+        """
+
+    def plan(self, queue: Iterable[RequestView], view: ClusterView) -> Iterable[Action]:
+        """Every `tick_s` seconds: launch, retire, preempt, or dispatch a whole batch.
+
+        `queue` is a lazy view of the central queue, lane by lane, in rank order.
+        """
+        return ()
+
+    def observe(self, event: Event, view: ClusterView) -> None:
+        """Remember what matters. Called once per event, before any question."""
+
+
+# --------------------------------------------------------------------------------------
+# Errors, by whose fault they are
+
+
+class PolicyError(Exception):
+    """The policy's author must repair something."""
+
+
+class InvalidAction(PolicyError):  # noqa: N818 - named after what is invalid, as in h11
+    """The policy gave an answer that cannot be performed; says which and why."""

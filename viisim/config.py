@@ -1,0 +1,519 @@
+"""Experiments: one YAML file that both simulates and deploys.
+
+Theory of operation. `load_experiment` reads the file, applies `--set` overrides and checks the
+whole against the models below, which are also the schema for editors. What can be checked
+without running is checked here: the policy is made once, profiles are read, engine settings
+are compared with what vLLM would accept.
+
+Paths are kept as they were written and are opened relative to the file's folder; a path that
+begins with `$VIISIM_SHARED/` is looked up in the folder of shared traces. So `resolved` holds no
+path of this machine: an absolute path is reduced to its file name there, and whoever runs the
+result again says where the file is (`--set workload.path=FILE`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from policies.interface import Limits, Policy
+from policies.registry import PolicySpecError, make_policy
+from viisim.documents import Strict, check, inside, nearest, override, read_yaml
+from viisim.errors import InputError
+from viisim.profile import (
+    Count,
+    EngineSettings,
+    Profile,
+    SchedulingPolicy,
+    Share,
+    Whole,
+    load_profile,
+)
+from viisim.workload.interface import DEFAULT_MAX_OUTPUT_TOKENS, Workload
+from viisim.workload.parameters import MAX_TOKENS
+from viisim.workload.presets import load_preset
+from viisim.workload.synthetic import Prefixes, Synthetic
+from viisim.workload.trace import TraceReplay
+
+Positive: TypeAlias = Annotated[float, Field(gt=0)]
+Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+
+_SHARED = "$VIISIM_SHARED/"
+_LIMITS = Limits()
+
+
+class _Located(Strict):
+    """A part that names files: it remembers the folder of the document it stands in."""
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    def model_post_init(self, context: Any) -> None:
+        """Takes the folder from the validation context."""
+        if context:
+            self._folder = context["folder"]
+
+
+# --------------------------------------------------------------------------------------
+# The policy
+
+
+class PolicyConfig(_Located):
+    """`{name: least_loaded}` or `{class: "path/to/file.py:Class"}`, and its parameters."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = None
+    class_: str | None = Field(default=None, alias="class")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The policy as it was written: its name or class, then its parameters."""
+        key, value = ("class", self.class_) if self.name is None else ("name", self.name)
+        return {key: value, **(self.model_extra or {})}
+
+    def make(self) -> Policy:
+        """A new policy. Raises InputError, beginning with the key that is wrong."""
+        try:
+            return make_policy(self.spec, self._folder)
+        except PolicySpecError as error:
+            raise InputError(f"{error.key}: {error}" if error.key else str(error)) from error
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> Self:
+        if (self.name is None) == (self.class_ is None):
+            raise ValueError("give either name or class")
+        try:
+            self.make()
+        except InputError as error:
+            cause = error.__cause__
+            named = isinstance(cause, PolicySpecError) and cause.key
+            raise inside(str(error)) if named else error from None
+        return self
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return self.spec
+
+
+# --------------------------------------------------------------------------------------
+# The cluster
+
+
+class EngineConfig(Strict):
+    """Engine settings that differ from the profile's; see `EngineSettings` for meanings."""
+
+    num_kv_blocks: Annotated[int, Field(ge=2)] | None = None
+    block_tokens: Count | None = None
+    max_num_seqs: Count | None = None
+    max_num_batched_tokens: Count | None = None
+    max_model_len: Count | None = None
+    enable_prefix_caching: bool | None = None
+    enable_chunked_prefill: bool | None = None
+    scheduling_policy: SchedulingPolicy | None = None
+    async_scheduling: bool | None = None
+    long_prefill_token_threshold: Whole | None = None
+    adaptive_long_prefill: bool | None = None
+    reserve_full_prompt: bool | None = None
+    watermark: Share | None = None
+    coalesce: bool | None = None
+
+    def resolve(self, profile: Profile) -> EngineSettings:
+        """All settings: these, and the profile's for the rest.
+
+        Raises InputError, beginning with the key, for a combination that vLLM would refuse.
+        """
+        known = {name: getattr(profile.engine, name) for name in EngineSettings.model_fields}
+        try:
+            return EngineSettings(**{**known, **self.model_dump(exclude_none=True)})
+        except ValidationError as error:
+            raise InputError(error.errors()[0]["msg"]) from None
+
+
+class WorkerConfig(Strict):
+    """What runs the replica when deployed."""
+
+    kind: Literal["simulated", "url", "vllm", "container"] = "simulated"
+    url: str | None = Field(default=None, pattern="^https?://")
+    """Where a running server listens; for kind `url` only."""
+
+    @model_validator(mode="after")
+    def _url_belongs_to_its_kind(self) -> Self:
+        if self.kind == "url" and self.url is None:
+            raise inside("url: required for kind 'url', but missing")
+        if self.kind != "url" and self.url is not None:
+            raise inside(f"url: a worker of kind {self.kind!r} has none; write kind: url")
+        return self
+
+
+class ReplicaConfig(_Located):
+    """`count` equal replicas."""
+
+    count: Count = 1
+    device: str | None = None
+    model: str
+    tensor_parallel: Count = 1
+    profile: str | None = None
+    """A profile's name, or a YAML file; `device/model` if absent."""
+    engine: EngineConfig = EngineConfig()
+    worker: WorkerConfig = WorkerConfig()
+
+    @property
+    def profile_name(self) -> str:
+        """The profile this entry is simulated with."""
+        return self.profile or f"{self.device}/{self.model}"
+
+    def load_profile(self) -> Profile:
+        """Raises InputError for an unknown profile."""
+        return load_profile(self.profile_name, self._folder)
+
+    @model_validator(mode="after")
+    def _can_be_simulated(self) -> Self:
+        if self.worker.kind == "url":
+            return self
+        if self.device is None and self.profile is None:
+            raise inside("device: required, but missing (only a worker of kind url needs none)")
+        profile = self.load_profile()
+        if profile.tensor_parallel != self.tensor_parallel:
+            raise inside(
+                f"tensor_parallel: profile {self.profile_name!r} is for "
+                f"{profile.tensor_parallel}, not {self.tensor_parallel}; name another profile"
+            )
+        try:
+            self.engine.resolve(profile)
+        except InputError as error:
+            raise inside(f"engine.{error}") from None
+        return self
+
+
+class ClusterConfig(Strict):
+    """The replicas, and how their gauges are read."""
+
+    scrape_s: Positive = 1.0
+    """Time between two readings of a replica's gauges."""
+    scrape_delay_s: Annotated[float, Field(ge=0)] = 0.05
+    """How late a reading arrives."""
+    replicas: tuple[ReplicaConfig, ...] = Field(min_length=1, strict=False)
+
+    @property
+    def models(self) -> list[str]:
+        """The models served, sorted."""
+        return sorted({entry.model for entry in self.replicas})
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedReplica:
+    """One replica to simulate."""
+
+    id: str
+    """`r0`, `r1`, ... in the order of the file, padded so that ids sort in that order."""
+    model: str
+    device: str
+    tensor_parallel: int
+    profile: Profile
+    settings: EngineSettings
+
+
+# --------------------------------------------------------------------------------------
+# The workload
+
+
+def _written_length(value: Any) -> Any:
+    """A length as written. Keys of a table become text, as JSON would make them."""
+    if isinstance(value, Mapping):
+        return {str(key): number for key, number in value.items()}
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(
+            f"must be a number of tokens, a preset's name, {{geometric: mean}} or a table "
+            f"{{percent: tokens}}, not {value!r}"
+        )
+    return value
+
+
+Length: TypeAlias = Annotated[
+    Any,
+    AfterValidator(_written_length),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
+                {"type": "string"},
+                {"type": "object", "additionalProperties": {"type": "number"}},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+class PrefixConfig(Strict):
+    """A `share` of the prompts begins with one of `groups` prefixes of `tokens` tokens."""
+
+    share: Fraction
+    groups: Count
+    tokens: Count
+
+
+class SyntheticWorkload(Strict):
+    """Poisson arrivals with lengths of a preset, or given; what is given goes before it."""
+
+    kind: Literal["synthetic"]
+    model: str | None = None
+    """Which model the requests ask for; may be left out when the cluster serves only one."""
+    requests: Count
+    preset: str | None = None
+    rate_per_s: Positive | None = None
+    prompt_tokens: Length = Field(default=None, validate_default=False)
+    output_tokens: Length = Field(default=None, validate_default=False)
+    rank_correlation: Annotated[float, Field(ge=-1, le=1)] | None = None
+    streamed: Fraction = 1.0
+    prefixes: PrefixConfig | None = None
+    max_output_tokens: Count = DEFAULT_MAX_OUTPUT_TOKENS
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> Self:
+        for name in ("rate_per_s", "prompt_tokens", "output_tokens"):
+            if self.preset is None and getattr(self, name) is None:
+                raise inside(f"{name}: required without a preset, but missing")
+        try:
+            build_workload(self, model="")
+        except InputError as error:
+            raise inside(str(error)) from None
+        return self
+
+
+class TraceWorkload(_Located):
+    """The requests of a recorded trace. The file is read when the workload is built."""
+
+    kind: Literal["trace"]
+    model: str | None = None
+    """Which model the requests ask for; may be left out when the cluster serves only one."""
+    path: str = Field(min_length=1)
+    time_scale: Positive = 1.0
+    """2.0 is twice as slow: half the rate."""
+    limit: Count | None = None
+    streamed: Fraction = 1.0
+    max_output_tokens: Count = DEFAULT_MAX_OUTPUT_TOKENS
+
+    @property
+    def file(self) -> Path:
+        """The path to open on this machine."""
+        if self.path.startswith(_SHARED):
+            return shared_folder() / self.path.removeprefix(_SHARED)
+        return self._folder / self.path
+
+
+WorkloadConfig: TypeAlias = SyntheticWorkload | TraceWorkload
+
+
+def shared_folder() -> Path:
+    """The folder of shared traces: the variable VIISIM_SHARED, else `../shared` beside the
+    checkout."""
+    return Path(os.environ.get("VIISIM_SHARED") or Path(__file__).parents[2] / "shared")
+
+
+def build_workload(config: WorkloadConfig, model: str) -> Workload:
+    """The workload; its requests ask for `model`. Reads the file of a trace.
+
+    Raises InputError naming the parameter, or the trace's file and line.
+    """
+    if isinstance(config, TraceWorkload):
+        return TraceReplay(
+            path=config.file,
+            model=model,
+            time_scale=config.time_scale,
+            limit=config.limit,
+            streamed=config.streamed,
+            max_output_tokens=config.max_output_tokens,
+        )
+    preset = None if config.preset is None else load_preset(config.preset)
+    drawn = {
+        name: getattr(preset, name) if getattr(config, name) is None else getattr(config, name)
+        for name in ("rate_per_s", "prompt_tokens", "output_tokens", "rank_correlation")
+    }
+    if drawn["rank_correlation"] is None:
+        del drawn["rank_correlation"]
+    return Synthetic(
+        requests=config.requests,
+        model=model,
+        streamed=config.streamed,
+        prefixes=Prefixes(**config.prefixes.model_dump()) if config.prefixes else None,
+        max_output_tokens=config.max_output_tokens,
+        **drawn,
+    )
+
+
+# --------------------------------------------------------------------------------------
+# The experiment
+
+
+class Slo(Strict):
+    """What a request must meet to count as goodput; None: any time will do."""
+
+    ttft_s: Positive | None = None
+    tpot_s: Positive | None = None
+    e2e_s: Positive | None = None
+
+
+class LimitsConfig(Strict):
+    """The operator's limits; see `policies.interface.Limits` for meanings and defaults."""
+
+    max_queued: Whole | None = _LIMITS.max_queued
+    queue_timeout_s: Positive | None = _LIMITS.queue_timeout_s
+    eject_after: Count = _LIMITS.eject_after
+    eject_s: Positive = _LIMITS.eject_s
+    max_attempts: Count = _LIMITS.max_attempts
+
+    def limits(self) -> Limits:
+        """The same for the scheduler core."""
+        return Limits(**self.model_dump())
+
+
+class DeployConfig(Strict):
+    """How the proxy serves."""
+
+    listen: str = Field(default="127.0.0.1:8080", pattern=r"^.+:\d+$")
+    """HOST:PORT."""
+
+
+class Experiment(Strict):
+    """One experiment: what is served by what, scheduled how, and judged by which figures."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    policy: PolicyConfig
+    cluster: ClusterConfig
+    workload: Annotated[WorkloadConfig, Field(discriminator="kind")]
+    slo: Slo = Slo()
+    seeds: tuple[Whole, ...] = Field(min_length=1, strict=False)
+    warmup_fraction: Share = 0.1
+    """Share of the requests, the earliest to arrive, that no figure counts."""
+    max_sim_s: Positive | None = None
+    """Simulated time at which a run ends, whatever is unfinished; None: when all is done."""
+    limits: LimitsConfig = LimitsConfig()
+    deploy: DeployConfig = DeployConfig()
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_are_distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        twice = [seed for seed, times in Counter(seeds).items() if times > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} comes twice; equal seeds give equal runs")
+        return seeds
+
+    @model_validator(mode="after")
+    def _requests_ask_for_a_served_model(self) -> Self:
+        models, asked = self.cluster.models, self.workload.model
+        if asked is None and len(models) > 1:
+            raise inside(f"workload.model: required with several models: {', '.join(models)}")
+        if asked is not None and asked not in models:
+            raise inside(f"workload.model: nothing serves {asked!r}. {nearest(asked, models)}")
+        return self
+
+    @property
+    def model(self) -> str:
+        """The model that the workload's requests ask for."""
+        return self.workload.model or self.cluster.models[0]
+
+    def build_workload(self) -> Workload:
+        """The workload. Raises InputError, as `build_workload` does."""
+        return build_workload(self.workload, self.model)
+
+    def simulated_replicas(self) -> list[SimulatedReplica]:
+        """Every replica to simulate; those of kind `vllm` and `container` by their profile.
+
+        Raises InputError for one of kind `url`: nothing is known of what runs there.
+        """
+        entries: list[ReplicaConfig] = []
+        for index, entry in enumerate(self.cluster.replicas):
+            if entry.worker.kind == "url":
+                raise InputError(
+                    f"{self.name}: cluster.replicas.{index}.worker.kind: 'url' is for deploying "
+                    "only; to simulate, write kind: simulated and a device"
+                )
+            entries += [entry] * entry.count
+        width = len(str(len(entries) - 1))
+        return [_simulated(f"r{index:0{width}}", entry) for index, entry in enumerate(entries)]
+
+
+def _simulated(replica_id: str, entry: ReplicaConfig) -> SimulatedReplica:
+    profile = entry.load_profile()
+    return SimulatedReplica(
+        id=replica_id,
+        model=entry.model,
+        device=entry.device or profile.device,
+        tensor_parallel=entry.tensor_parallel,
+        profile=profile,
+        settings=entry.engine.resolve(profile),
+    )
+
+
+# --------------------------------------------------------------------------------------
+# In and out
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment in a YAML file, after `key.path=value` overrides.
+
+    Raises InputError, one line for the first mistake.
+    """
+    path = Path(path)
+    return experiment_from(read_yaml(path), str(path), path.parent, overrides)
+
+
+def experiment_from(
+    data: Any, source: str, folder: Path = Path(), overrides: Sequence[str] = ()
+) -> Experiment:
+    """The experiment that `data` describes: a parsed file, or what `resolved` gave.
+
+    `source` is named in errors; relative paths start in `folder`. Raises InputError.
+    """
+    data = deepcopy(data)
+    for assignment in overrides:
+        override(data, assignment)
+    return check(Experiment, data, source, folder)
+
+
+def resolved(experiment: Experiment) -> dict[str, Any]:
+    """The experiment with every default filled in, for JSON; `experiment_from` reads it.
+
+    Engine settings are complete, so a later change of a profile's defaults shows. Absolute
+    paths are reduced to the file name: a manifest is the same on every machine.
+    """
+    content: dict[str, Any] = experiment.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for entry, written in zip(
+        experiment.cluster.replicas, content["cluster"]["replicas"], strict=True
+    ):
+        if entry.worker.kind != "url":
+            written["engine"] = entry.engine.resolve(entry.load_profile()).model_dump()
+            written["profile"] = _portable(entry.profile_name)
+    for part, key in ((content["workload"], "path"), (content["policy"], "class")):
+        if key in part:
+            part[key] = _portable(part[key])
+    return content
+
+
+def _portable(path: str) -> str:
+    return PurePath(path).name if PurePath(path).is_absolute() else path
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of an experiment file, for editors."""
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **Experiment.model_json_schema(by_alias=True)}

@@ -1,0 +1,1 @@
+"""One simulated vLLM server: exact scheduling and block accounting, calibrated step times."""

@@ -1,0 +1,274 @@
+"""One simulated engine in time: it knows no kernel and no clock but what it is told.
+
+The kernel calls `arrive`, `abort` and `finish` with the current time and gets back the time of
+the engine's next event; an event that a later call has replaced is stale, and the kernel
+ignores it. While nothing can change who is in the batch, one event stands for many engine steps
+(a *train*): a head of any kind, then decode steps of the same sequences, whose durations form
+an arithmetic progression. Times and token counts follow in closed form, bit-identical to
+stepping (tests/test_coalescing.py).
+
+Inside, time is in integer picoseconds; a step ends, for the kernel, at the next nanosecond.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+
+from viisim.engine.itl import ItlHistogram
+from viisim.engine.scheduler import Batch, Scheduler, SchedulerSettings
+from viisim.engine.sequence import DECODING, DONE, WAITING, Sequence
+from viisim.engine.step_time import PS_PER_NS, StepTime
+
+
+class Engine:
+    """A vLLM V1 engine: scheduler, blocks and step times.
+
+    `coalesce` False steps one by one, for comparison. `reports_first_tokens` False lets a train
+    run on over the step that yields a first token; its time is recorded all the same.
+    """
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        step_time: StepTime,
+        coalesce: bool = True,
+        reports_first_tokens: bool = True,
+    ) -> None:
+        self.scheduler = Scheduler(settings)
+        self.step_time = step_time
+        self.coalesce = coalesce
+        self.reports_first_tokens = reports_first_tokens
+        self.steps = 0
+        self.busy_ps = 0
+        self.prefill_tokens = 0
+        self.decode_tokens = 0
+        self.extrapolated_steps = 0
+        self.itl = ItlHistogram()
+        self.first_tokens: list[Sequence] = []
+        """Sequences whose first token the last `finish` yielded."""
+        self.aborted: list[Sequence] = []
+        """Sequences that the last `finish` took out because they had been aborted."""
+        self._async = settings.async_scheduling
+        self._clock_ps = 0
+        """When the last batch ended."""
+        self._running: Batch | None = None
+        """The batch being computed: the head of the train."""
+        self._next: Batch | None = None
+        """Asynchronous only: the batch scheduled behind it."""
+        self._head_ps = 0
+        self._train = 0
+        """Steps until the next event, the head included."""
+        self._step_ps = 0
+        """Duration of the train's second step."""
+        self._growth_ps = 0
+        """By how much each step behind it is longer than the one before."""
+        self._aborts: list[Sequence] = []
+
+    # -- for the kernel --
+
+    def arrive(self, sequence: Sequence, now_ns: int, step_ended: bool = False) -> int | None:
+        """Take a request; returns the new time of the next event if that has changed.
+
+        `step_ended`: a step that ends at this very nanosecond counts as over.
+        """
+        may_matter = self.scheduler.add(sequence)
+        if self._running is None:
+            return self._begin(now_ns)
+        return self._cut(now_ns, step_ended) if may_matter and self._train > 1 else None
+
+    def abort(self, sequence: Sequence, now_ns: int, step_ended: bool = False) -> int | None:
+        """Take a request out at the end of the step in progress, which it wastes; returns the
+        new time of the next event if that has changed. Only while something is computed."""
+        self._aborts.append(sequence)
+        return self._cut(now_ns, step_ended) if self._train > 1 else None
+
+    def finish(self, now_ns: int) -> tuple[list[Sequence], int | None]:
+        """The train has run: take its output and start the next one. Returns who ended, and the
+        time of the next event, None when there is no work left."""
+        head, following, decode_steps = self._running, self._next, self._train - 1
+        assert head is not None, "what finishes was running"
+        scheduler = self.scheduler
+        self._book_head(head)
+        if head.firsts or self.first_tokens:
+            self._take_first_tokens(head)
+        if decode_steps:
+            self._book_decodes(decode_steps)
+            # In asynchronous mode the last of the steps scheduled now starts to run.
+            scheduler.advance(head if following is None else following, decode_steps)
+        ended = scheduler.update(head) if head.lasts else []
+        self._running, self._next, self._train = following, None, 0
+        if self._aborts or self.aborted:
+            self._take_aborts()
+        return ended, self._begin(now_ns)
+
+    def gauges(self, now_ns: int) -> tuple[int, int, int]:
+        """Running, waiting, and KV blocks in use, as a scrape at this moment would read."""
+        scheduler = self.scheduler
+        used = scheduler.settings.usable_blocks - scheduler.pool.free_blocks
+        if self._train > 1:
+            used += scheduler.blocks_for(self._steps_over(now_ns, step_ended=False))
+        return len(scheduler.running), len(scheduler.waiting), used
+
+    # -- starting --
+
+    def _begin(self, now_ns: int) -> int | None:
+        """Start the next train; returns when it ends, None when there is nothing to compute."""
+        scheduler = self.scheduler
+        head = self._running
+        if head is None:
+            self._clock_ps = max(self._clock_ps, now_ns * PS_PER_NS)
+            head = self._running = self._schedule(now_ns)
+            if head is None:
+                return None
+        self._head_ps = self.step_time.step_ps(
+            head.decodes, head.context_tokens, head.prefill_tokens, head.prefill_pairs
+        )
+        self._train = 1
+        alone = not self.coalesce or (self.reports_first_tokens and head.firsts)
+        if not self._async:
+            if not alone:
+                self._couple(scheduler.steps_to_come(head))
+            return self._end_ns()
+        following = self._next = self._schedule(now_ns)
+        if following is not None and not (alone or head.lasts or following.prefills):
+            self._couple(scheduler.steps_to_come(following))
+        return self._end_ns()
+
+    def _schedule(self, now_ns: int) -> Batch | None:
+        """Form a batch; None when nothing can be computed now."""
+        scheduler = self.scheduler
+        while scheduler.has_requests:
+            batch = scheduler.schedule()
+            if batch.literal is not None:
+                self._note_missed_tokens(batch)
+            if batch.decodes or batch.prefills:
+                for sequence in batch.admitted:
+                    if sequence.started_ns < 0:
+                        sequence.started_ns = now_ns
+                return batch
+            # Asynchronously, outputs on the way will change things. Otherwise somebody has
+            # preempted itself, which ends the step (R3); the engine's loop comes round at once.
+            if self._async:
+                return None
+            assert batch.preempted, "requests wait for ever: they do not fit the cache"
+        return None
+
+    def _couple(self, decode_steps: int) -> None:
+        """Let that many decode steps of the group follow the head in one train."""
+        if decode_steps:
+            following = self._next
+            members, context_tokens = self.scheduler.decode_group
+            if following is not None:
+                context_tokens = following.context_tokens
+            self._step_ps = self.step_time.step_ps(members, context_tokens, 0, 0)
+            self._growth_ps = self.step_time.growth_ps(members)
+            self._train += decode_steps
+
+    # -- booking --
+
+    def _book_head(self, batch: Batch) -> None:
+        """Count the head of the train and let its time pass."""
+        self._clock_ps += self._head_ps
+        self.busy_ps += self._head_ps
+        self.steps += 1
+        self.prefill_tokens += batch.prefill_tokens
+        self.decode_tokens += batch.decodes
+        step_time = self.step_time
+        if step_time.calibrated is not None:
+            self.extrapolated_steps += step_time.extrapolated_steps(
+                batch.decodes, batch.context_tokens, batch.prefill_tokens, 1
+            )
+        if batch.decodes:
+            self.itl.add(batch.decodes - len(batch.late), self._head_ps, 0, 1)
+            for sequence in batch.late:
+                self._take_late_token(sequence)
+
+    def _book_decodes(self, steps: int) -> None:
+        """Count the decode steps behind the head and let their time pass."""
+        following = self._next
+        members, context_tokens = self.scheduler.decode_group
+        if following is not None:
+            context_tokens = following.context_tokens
+            following.context_tokens += steps * members
+        duration_ps = steps * self._step_ps + steps * (steps - 1) // 2 * self._growth_ps
+        self._clock_ps += duration_ps
+        self.busy_ps += duration_ps
+        self.steps += steps
+        self.decode_tokens += steps * members
+        step_time = self.step_time
+        if step_time.calibrated is not None:
+            self.extrapolated_steps += step_time.extrapolated_steps(
+                members, context_tokens, 0, steps
+            )
+        self.itl.add(members, self._step_ps, self._growth_ps, steps)
+
+    def _take_first_tokens(self, batch: Batch) -> None:
+        first_tokens = self.first_tokens
+        first_tokens.clear()
+        for sequence in batch.firsts:
+            if sequence.first_token_ns < 0:
+                sequence.first_token_ns = -(-self._clock_ps // PS_PER_NS)
+                first_tokens.append(sequence)
+            else:
+                self._take_late_token(sequence)
+
+    def _take_aborts(self) -> None:
+        self.aborted.clear()
+        for sequence in self._aborts:
+            if sequence.state != DONE:
+                self.scheduler.abort(sequence)
+                self.aborted.append(sequence)
+        self._aborts.clear()
+
+    # -- gaps between tokens that are longer than a step --
+
+    def _note_missed_tokens(self, batch: Batch) -> None:
+        """Remember when those who get no token now got their last one."""
+        last_token_ps = self._clock_ps
+        if self._running is not None:
+            last_token_ps += self._head_ps
+        given = batch.literal or {}
+        for sequence in (*self.scheduler.running, *batch.preempted):
+            starved = sequence.state in (DECODING, WAITING) and sequence not in given
+            if starved and sequence.late_since_ps < 0 and sequence.tokens > sequence.prompt_tokens:
+                sequence.late_since_ps = last_token_ps
+
+    def _take_late_token(self, sequence: Sequence) -> None:
+        if sequence.late_since_ps >= 0:
+            self.itl.add(1, self._clock_ps - sequence.late_since_ps, 0, 1)
+            sequence.late_since_ps = -1
+
+    # -- times within a train --
+
+    def _end_ns(self) -> int:
+        """When the train ends."""
+        end_ps = self._clock_ps + self._head_ps
+        steps = self._train - 1
+        if steps:
+            end_ps += steps * self._step_ps + steps * (steps - 1) // 2 * self._growth_ps
+        return -(-end_ps // PS_PER_NS)
+
+    def _cut(self, now_ns: int, step_ended: bool) -> int | None:
+        """Let the train end with the step in progress; returns its end if that is new."""
+        steps = self._steps_over(now_ns, step_ended) + 1
+        if steps == self._train:
+            return None
+        self._train = steps
+        return self._end_ns()
+
+    def _steps_over(self, now_ns: int, step_ended: bool) -> int:
+        """How many of the train's steps have ended; never all of them, since the event of the
+        last one is still to come."""
+        # Steps whose end, rounded up to a nanosecond, is before now (or at now, if it counts).
+        left_ps = (now_ns if step_ended else now_ns - 1) * PS_PER_NS - self._clock_ps
+        left_ps -= self._head_ps
+        if left_ps < 0:
+            return 0
+        growth = self._growth_ps
+        if growth:
+            # The largest s with s * step + s (s - 1) / 2 * growth <= left.
+            linear = 2 * self._step_ps - growth
+            steps = (isqrt(linear * linear + 8 * growth * left_ps) - linear) // (2 * growth)
+        else:
+            steps = left_ps // self._step_ps
+        return int(min(steps + 1, self._train - 1))

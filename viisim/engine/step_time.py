@@ -1,0 +1,128 @@
+"""How long an engine step takes, in integer picoseconds.
+
+For a fixed batch composition a step is affine in the total context, to first order; base and
+slope are looked up by decode batch size, because real kernels jump (FACTS section 3). All
+coefficients are rounded to whole picoseconds once, here, so that the sum over many steps in
+closed form equals stepping one by one, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+PS_PER_S = 10**12
+PS_PER_NS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePoint:
+    """Measured decode step at one batch size: `base_s + per_context_token_s * context`."""
+
+    sequences: int
+    base_s: float
+    per_context_token_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedRange:
+    """Where the coefficients were measured; steps outside are counted as extrapolation."""
+
+    max_decode_sequences: int
+    max_context_tokens: int
+    """Largest total context of a decode batch."""
+    max_prefill_tokens: int
+    """Most prefill tokens in one step."""
+
+
+class StepTime:
+    """Step times of one (device, model, engine build).
+
+    Between the given batch sizes base and slope are interpolated linearly; beyond the last one
+    the base goes on along the last two points and the slope stays.
+    """
+
+    def __init__(
+        self,
+        decode: Sequence[DecodePoint],
+        max_num_seqs: int,
+        prefill_base_s: float,
+        prefill_per_token_s: float,
+        prefill_per_pair_s: float = 0.0,
+        host_overhead_s: float = 0.0,
+        calibrated: CalibratedRange | None = None,
+    ) -> None:
+        points = {point.sequences: point for point in decode}
+        host_ps = _to_ps(host_overhead_s)
+        bases = [prefill_base_s, *(_base_s(points, n) for n in range(1, max_num_seqs + 1))]
+        slopes = [0.0, *(_slope_s(points, n) for n in range(1, max_num_seqs + 1))]
+        self.base_ps = [_to_ps(base) + host_ps for base in bases]
+        """By number of decoding sequences; index 0: a step of prefill only."""
+        self.slope_ps = [_to_ps(slope) for slope in slopes]
+        """Per context token, by number of decoding sequences."""
+        self.prefill_token_ps = _to_ps(prefill_per_token_s)
+        self.prefill_pair_ps = _to_ps(prefill_per_pair_s)
+        self.calibrated = calibrated
+
+    def step_ps(self, decodes: int, context_tokens: int, prefill_tokens: int, pairs: int) -> int:
+        """Duration of one step; one with prefills takes the larger of the two bases. `pairs` are the (token, attended token) pairs of its prefills:
+        for a chunk of n tokens behind c others, n * c + n * (n + 1) / 2."""
+        base_ps = self.base_ps[decodes]
+        if prefill_tokens and base_ps < self.base_ps[0]:
+            base_ps = self.base_ps[0]
+        return (
+            base_ps
+            + self.slope_ps[decodes] * context_tokens
+            + self.prefill_token_ps * prefill_tokens
+            + self.prefill_pair_ps * pairs
+        )
+
+    def growth_ps(self, decodes: int) -> int:
+        """By how much each further step of the same decode batch is longer than the last."""
+        return self.slope_ps[decodes] * decodes
+
+    def extrapolated_steps(
+        self, decodes: int, context_tokens: int, prefill_tokens: int, steps: int
+    ) -> int:
+        """How many of `steps` steps, context growing, lie outside the calibrated range."""
+        known = self.calibrated
+        if known is None:
+            return 0
+        if decodes > known.max_decode_sequences or prefill_tokens > known.max_prefill_tokens:
+            return steps
+        if not decodes:
+            return 0
+        inside = (known.max_context_tokens - context_tokens) // decodes + 1
+        return steps - min(max(inside, 0), steps)
+
+
+def _to_ps(seconds: float) -> int:
+    return round(seconds * PS_PER_S)
+
+
+def _neighbours(points: Mapping[int, DecodePoint], n: int) -> tuple[DecodePoint, DecodePoint]:
+    """The points to interpolate between; the last two (or the first two) when n is outside."""
+    sizes = sorted(points)
+    above = next((i for i, size in enumerate(sizes) if size >= n), len(sizes) - 1)
+    above = max(above, min(1, len(sizes) - 1))
+    return points[sizes[max(above - 1, 0)]], points[sizes[above]]
+
+
+def _along(n: int, low: tuple[int, float], high: tuple[int, float]) -> float:
+    if low[0] == high[0]:
+        return low[1]
+    return low[1] + (high[1] - low[1]) * (n - low[0]) / (high[0] - low[0])
+
+
+def _base_s(points: Mapping[int, DecodePoint], n: int) -> float:
+    low, high = _neighbours(points, n)
+    base = _along(n, (low.sequences, low.base_s), (high.sequences, high.base_s))
+    # A falling pair of points must not lead to a negative base beyond them.
+    return base if low.sequences <= n <= high.sequences else max(base, min(low.base_s, high.base_s))
+
+
+def _slope_s(points: Mapping[int, DecodePoint], n: int) -> float:
+    low, high = _neighbours(points, n)
+    n = min(max(n, low.sequences), high.sequences)
+    low_point = (low.sequences, low.per_context_token_s)
+    return _along(n, low_point, (high.sequences, high.per_context_token_s))

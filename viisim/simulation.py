@@ -1,0 +1,494 @@
+"""SimPy around one `SchedulerCore` and its simulated replicas.
+
+The counterpart of `runtime.driver`: both feed events to the same core and perform its actions;
+nothing else differs. Simulated time is integer nanoseconds from 0; the core is told seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Protocol
+
+import numpy as np
+import simpy
+
+from policies.core import SchedulerCore
+from policies.interface import (
+    Action,
+    Arrived,
+    Cancelled,
+    Dispatch,
+    Event,
+    Failed,
+    Finished,
+    FirstToken,
+    Gauges,
+    Launch,
+    LaunchFailed,
+    Limits,
+    Policy,
+    Preempt,
+    ReplicaChanged,
+    Retire,
+    Shed,
+    Tick,
+)
+from viisim.engine.engine import Engine
+from viisim.engine.replica import (
+    ARRIVAL,
+    DELIVERY,
+    SCRAPE,
+    TIMER,
+    Phase,
+    Replica,
+    call_at,
+)
+from viisim.engine.scheduler import SchedulerSettings
+from viisim.engine.sequence import Sequence as EngineSequence
+from viisim.engine.step_time import StepTime
+from viisim.records import (
+    FINISHED,
+    REFUSED,
+    REQUEST_COLUMNS,
+    SAMPLE_COLUMNS,
+    SHED,
+    UNFINISHED,
+    ReplicaTotals,
+    SeedResult,
+)
+from viisim.workload.request import Request
+
+NS_PER_S = 10**9
+_TOO_LONG = "prompt too long"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """One simulated replica of a cluster."""
+
+    id: str
+    model: str
+    devices: tuple[str, ...]
+    settings: SchedulerSettings
+    step_time: StepTime
+    coalesce: bool = True
+
+
+class Journal(Protocol):
+    """Where (event, actions) pairs go, in order."""
+
+    def record(self, event: Event, actions: Sequence[Action]) -> None:
+        """Note one handled event."""
+
+
+class _Flight:
+    """A request between its arrival and its end."""
+
+    __slots__ = (
+        "attempts",
+        "dispatched_ns",
+        "index",
+        "replica",
+        "request",
+        "sequence",
+        "withdrawn",
+    )
+
+    def __init__(self, index: int, request: Request) -> None:
+        self.index = index
+        self.request = request
+        self.attempts = 0
+        self.dispatched_ns = -1
+        self.replica: Replica | None = None
+        self.sequence: EngineSequence | None = None
+        self.withdrawn = False
+        """A Preempt was issued: nothing that the attempt still does reaches the client."""
+
+
+class Simulation:
+    """One run: a policy, replicas, and requests in order of arrival.
+
+    Requests whose prompt a replica cannot take (prompt >= max_model_len) are refused, as vLLM's
+    front end does, and counted. With `until_s` the run stops there and what is still in the
+    system counts as unfinished; without it, the run ends with the last request.
+    """
+
+    def __init__(
+        self,
+        replicas: Sequence[ReplicaSpec],
+        policy: Policy,
+        requests: Iterable[Request],
+        *,
+        seed: int = 0,
+        scrape_s: float = 1.0,
+        scrape_delay_s: float = 0.05,
+        limits: Limits | None = None,
+        until_s: float | None = None,
+        journal: Journal | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.core = SchedulerCore(policy, seed, limits)
+        self._seed = seed
+        self._env = simpy.Environment(initial_time=0)
+        self._phase = Phase()
+        self._specs = replicas
+        self._replicas = {
+            spec.id: Replica(
+                self._env,
+                self._phase,
+                index,
+                spec.id,
+                Engine(
+                    spec.settings,
+                    spec.step_time,
+                    spec.coalesce,
+                    reports_first_tokens=self.core.wants_first_token,
+                ),
+                self._on_steps,
+            )
+            for index, spec in enumerate(replicas)
+        }
+        self._requests = iter(requests)
+        self._next: Request | None = None
+        self._scrape_ns = round(scrape_s * NS_PER_S)
+        self._delay_ns = round(scrape_delay_s * NS_PER_S)
+        self._until_ns = None if until_s is None else round(until_s * NS_PER_S)
+        self._journal = journal
+        self._on_progress = on_progress
+        self._wants_first_token = self.core.wants_first_token
+        self._flights: dict[str, _Flight] = {}
+        self._retiring: set[str] = set()
+        self._pending: list[Event] = []
+        self._draining_pending = False
+        self._timer_ns: int | None = None
+        self._arrivals = 0
+        self._held_at_last_arrival = 0
+        self._rows = _Columns(REQUEST_COLUMNS)
+        self._samples = _Columns(SAMPLE_COLUMNS)
+        self._events = 0
+
+    # -- running --
+
+    def run(self) -> SeedResult:
+        """Simulate to the end and return what was recorded."""
+        for spec in self._specs:
+            self._deliver(_ready(spec))
+        self._next = next(self._requests, None)
+        if self._next is not None:
+            call_at(self._env, self._next.arrived_ns, ARRIVAL, self._arrive)
+            call_at(self._env, 0, SCRAPE, self._scrape)
+        env = self._env
+        with _without_garbage_collection():
+            try:
+                while self._until_ns is None or env.peek() <= self._until_ns:
+                    env.step()
+                    self._events += 1
+            except simpy.core.EmptySchedule:
+                pass
+        return self._result()
+
+    @property
+    def _now_s(self) -> float:
+        return float(self._env.now) / NS_PER_S
+
+    @property
+    def _work_left(self) -> bool:
+        return self._next is not None or bool(self._flights)
+
+    # -- from the kernel to the core --
+
+    def _arrive(self, _: simpy.Event) -> None:
+        request = self._next
+        assert request is not None, "an arrival is scheduled for a request"
+        now_ns = request.arrived_ns
+        self._phase.reach(now_ns, ARRIVAL)
+        self._flights[request.view.id] = _Flight(self._arrivals, request)
+        self._arrivals += 1
+        following = self._next = next(self._requests, None)
+        if following is not None:
+            call_at(self._env, following.arrived_ns, ARRIVAL, self._arrive)
+        else:
+            self._held_at_last_arrival = len(self._flights)
+        self._deliver(Arrived(request.view.arrived_s, request.view))
+        if self._on_progress is not None and not self._arrivals % 1024:
+            self._on_progress(self._arrivals)
+
+    def _tick(self, event: simpy.Event) -> None:
+        if self._env.now != self._timer_ns:
+            return  # the core no longer wants it
+        self._timer_ns = None
+        self._phase.reach(self._env.now, TIMER)  # type: ignore[arg-type]
+        self._deliver(Tick(self._now_s))
+
+    def _scrape(self, _: simpy.Event) -> None:
+        """Sample every replica, for the records and as gauges for the core."""
+        if not self._work_left:
+            return
+        now_ns: int = self._env.now  # type: ignore[assignment]
+        self._phase.reach(now_ns, SCRAPE)
+        sampled = []
+        for replica in self._replicas.values():
+            running, waiting, used = replica.engine.gauges(now_ns)
+            self._samples.add((now_ns, replica.index, running, waiting, used))
+            usable = replica.engine.scheduler.settings.usable_blocks
+            sampled.append((replica.id, running, waiting, used / usable))
+        sampled_s = now_ns / NS_PER_S
+
+        def deliver(_: simpy.Event) -> None:
+            self._phase.reach(now_ns + self._delay_ns, DELIVERY)
+            now_s = self._now_s
+            for replica_id, running, waiting, usage in sampled:
+                self._deliver(Gauges(now_s, replica_id, sampled_s, running, waiting, usage))
+
+        call_at(self._env, now_ns + self._delay_ns, DELIVERY, deliver)
+        call_at(self._env, now_ns + self._scrape_ns, SCRAPE, self._scrape)
+
+    def _on_steps(self, replica: Replica, ended: list[EngineSequence]) -> None:
+        """A replica's step has ended: tell the core what a driver would see."""
+        now_s = self._now_s
+        engine = replica.engine
+        if self._wants_first_token:
+            for sequence in engine.first_tokens:
+                flight: _Flight = sequence.tag
+                view = flight.request.view
+                if view.streamed and not flight.withdrawn:
+                    self._deliver(FirstToken(now_s, view.id, flight.attempts))
+        for sequence in ended:
+            flight = sequence.tag
+            view = flight.request.view
+            if flight.withdrawn:
+                self._cancelled(flight)
+                continue
+            output_tokens = sequence.tokens - sequence.prompt_tokens
+            self._record(flight, FINISHED, output_tokens)
+            self._deliver(Finished(now_s, view.id, flight.attempts, output_tokens))
+        for sequence in engine.aborted:
+            self._cancelled(sequence.tag)
+        if replica.id in self._retiring:
+            self._retire_if_empty(replica.id)
+
+    def _cancelled(self, flight: _Flight) -> None:
+        """A withdrawn attempt is over. Whatever it still produced was not passed on."""
+        flight.withdrawn = False
+        self._deliver(Cancelled(self._now_s, flight.request.view.id, flight.attempts))
+
+    def _deliver(self, event: Event) -> None:
+        """Hand an event to the core and perform its actions; events that these raise at once
+        are handled after them."""
+        pending = self._pending
+        pending.append(event)
+        if self._draining_pending:
+            return
+        self._draining_pending = True
+        core = self.core
+        while pending:
+            current = pending.pop(0)
+            actions = core.handle(current)
+            if self._journal is not None:
+                self._journal.record(current, actions)
+            for action in actions:
+                _PERFORM[type(action)](self, action)
+        self._draining_pending = False
+        when_s = core.next_timer_s()
+        if when_s is not None:
+            self._set_timer(when_s)
+
+    def _set_timer(self, when_s: float) -> None:
+        when_ns = max(ceil(when_s * NS_PER_S), int(self._env.now))
+        while when_ns / NS_PER_S < when_s:
+            when_ns += 1
+        if when_ns != self._timer_ns:
+            self._timer_ns = when_ns
+            call_at(self._env, when_ns, TIMER, self._tick)
+
+    # -- performing actions --
+
+    def _dispatch(self, action: Dispatch) -> None:
+        flight = self._flights[action.request_id]
+        replica = self._replicas[action.replica_id]
+        request = flight.request
+        view = request.view
+        now_ns: int = self._env.now  # type: ignore[assignment]
+        flight.attempts = action.attempt
+        flight.dispatched_ns = now_ns
+        flight.replica = replica
+        if view.prompt_tokens >= replica.engine.scheduler.settings.max_model_len:
+            self._deliver(
+                Failed(self._now_s, view.id, action.attempt, _TOO_LONG, False, worker_fault=False)
+            )
+            return
+        flight.sequence = sequence = EngineSequence(
+            view.id,
+            request.prompt,
+            view.prompt_tokens,
+            request.output_tokens,
+            request.output_segment,
+            action.engine_priority,
+            now_ns,
+            flight,
+        )
+        replica.take(sequence)
+
+    def _shed(self, action: Shed) -> None:
+        refused = action.reason.endswith(_TOO_LONG)
+        self._record(self._flights[action.request_id], REFUSED if refused else SHED, 0)
+
+    def _preempt(self, action: Preempt) -> None:
+        flight = self._flights[action.request_id]
+        assert flight.replica is not None, "what is preempted was dispatched"
+        assert flight.sequence is not None, "what is preempted was dispatched"
+        flight.withdrawn = True
+        flight.replica.abort(flight.sequence)
+
+    def _launch(self, action: Launch) -> None:
+        reason = "simulated clusters have a fixed set of replicas"
+        self._deliver(LaunchFailed(self._now_s, action.replica_id, reason))
+
+    def _retire(self, action: Retire) -> None:
+        self._retiring.add(action.replica_id)
+        self._retire_if_empty(action.replica_id)
+
+    def _retire_if_empty(self, replica_id: str) -> None:
+        if not self._replicas[replica_id].engine.scheduler.has_requests:
+            self._retiring.remove(replica_id)
+            self._deliver(ReplicaChanged(self._now_s, replica_id, "gone"))
+
+    # -- recording --
+
+    def _record(self, flight: _Flight, outcome: int, output_tokens: int) -> None:
+        """Write the request's row and forget the request."""
+        request = flight.request
+        view = request.view
+        sequence = flight.sequence
+        del self._flights[view.id]
+        finished_ns = self._env.now if outcome == FINISHED else -1
+        self._rows.add(
+            (
+                flight.index,
+                outcome,
+                -1 if flight.replica is None else flight.replica.index,
+                flight.attempts,
+                view.prompt_tokens,
+                output_tokens,
+                0 if sequence is None else max(sequence.cached_tokens, 0),
+                0 if sequence is None else sequence.preemptions,
+                view.priority,
+                view.streamed,
+                request.arrived_ns,
+                flight.dispatched_ns,
+                -1 if sequence is None else sequence.started_ns,
+                -1 if sequence is None else sequence.first_token_ns,
+                finished_ns,
+            )
+        )
+
+    def _result(self) -> SeedResult:
+        for flight in list(self._flights.values()):
+            self._record(flight, UNFINISHED, _outputs_so_far(flight))
+        requests = self._rows.arrays()
+        order = np.argsort(requests["request"], kind="stable")
+        return SeedResult(
+            seed=self._seed,
+            replica_ids=tuple(self._replicas),
+            requests={name: column[order] for name, column in requests.items()},
+            samples=self._samples.arrays(),
+            replicas=tuple(_totals(replica.engine) for replica in self._replicas.values()),
+            ended_ns=int(self._env.now),
+            held_at_last_arrival=self._held_at_last_arrival,
+            events=self._events,
+        )
+
+
+_PERFORM: Mapping[type, Callable[[Simulation, Any], None]] = {
+    Dispatch: Simulation._dispatch,
+    Shed: Simulation._shed,
+    Preempt: Simulation._preempt,
+    Launch: Simulation._launch,
+    Retire: Simulation._retire,
+}
+
+
+class _Columns:
+    """Rows collected as tuples and packed into numpy columns, a few thousand at a time."""
+
+    _ROWS = 8192
+
+    def __init__(self, columns: Mapping[str, type[np.generic]]) -> None:
+        self._types = columns
+        self._rows: list[tuple[int, ...]] = []
+        self._packed: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in columns}
+
+    def add(self, row: tuple[int, ...]) -> None:
+        """Append one row, in the order of the columns."""
+        self._rows.append(row)
+        if len(self._rows) >= self._ROWS:
+            self._pack()
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """All rows, by column."""
+        self._pack()
+        return {name: np.concatenate(parts) for name, parts in self._packed.items()}
+
+    def _pack(self) -> None:
+        table = np.array(self._rows, dtype=np.int64).reshape(-1, len(self._types))
+        self._rows.clear()
+        for (name, kind), column in zip(self._types.items(), table.T, strict=True):
+            self._packed[name].append(column.astype(kind))
+
+
+def _ready(spec: ReplicaSpec) -> ReplicaChanged:
+    settings = spec.settings
+    return ReplicaChanged(
+        0.0,
+        spec.id,
+        "ready",
+        spec.model,
+        spec.devices,
+        settings.max_num_seqs,
+        settings.usable_blocks,
+        settings.block_tokens,
+    )
+
+
+def _outputs_so_far(flight: _Flight) -> int:
+    if flight.sequence is None or flight.replica is None:
+        return 0
+    tokens = flight.replica.engine.scheduler.tokens_of(flight.sequence)
+    return tokens - flight.sequence.prompt_tokens
+
+
+def _totals(engine: Engine) -> ReplicaTotals:
+    scheduler = engine.scheduler
+    return ReplicaTotals(
+        steps=engine.steps,
+        busy_ns=engine.busy_ps // 1000,
+        prefill_tokens=engine.prefill_tokens,
+        decode_tokens=engine.decode_tokens,
+        preemptions=scheduler.preemptions,
+        prefix_queried_tokens=scheduler.queried_tokens,
+        prefix_hit_tokens=scheduler.hit_tokens,
+        extrapolated_steps=engine.extrapolated_steps,
+        usable_kv_blocks=scheduler.settings.usable_blocks,
+        itl_counts=engine.itl.counts(),
+    )
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Nothing here makes reference cycles in number, and the collector's walks over a growing
+    heap halve the speed of a long run."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            # What is alive now is no candidate: without this, the first collection after the
+            # run would walk all of it.
+            gc.freeze()
+            gc.enable()
+            gc.unfreeze()
