@@ -5,6 +5,7 @@ The name of the clause that each breaks is its `breaks`; `repair` is a word of t
 
 import random
 import time
+from contextlib import suppress
 from datetime import datetime
 
 import numpy as np
@@ -42,7 +43,7 @@ class SeedsItself(Chooser):
 
 class RemembersInItsClass(Chooser):
     breaks, repair = "deterministic", "not in the class"
-    seen = set()
+    seen = set()  # noqa: RUF012 - bad on purpose
 
     def choose(self, ready, request, view):
         known = request.id in self.seen
@@ -161,10 +162,8 @@ class SwallowsWhatItBreaks(Chooser):
     breaks, repair = "valid_answers", "read-only"
 
     def choose(self, ready, request, view):
-        try:
+        with suppress(Exception):
             ready[0].running = 0
-        except Exception:
-            pass
         return ready[0]
 
 

@@ -108,7 +108,7 @@ def test_a_policy_from_a_file_can_be_pickled(own):
         ("own.py:Own", "Own needs the parameter 'limit'", "limit"),
         ({"class": "own.py:Own", "limit": 1, "slots": 0}, "slots: give at least 1", ""),
         ("missing.py:Own", "cannot read missing.py: No such file or directory", "class"),
-        (3, "unknown policy '3'", "name"),
+        (3, "unknown policy 3. Known", "name"),
         (int, "int is no policy", "class"),
     ],
 )

@@ -32,20 +32,29 @@ Columns: TypeAlias = Mapping[str, NDArray[Any]]
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
 
 DEFINITIONS = {
+    "busy_share": "share of the run that replicas spent computing, mean over replicas",
     "e2e_s": "finished - arrived; finished requests",
+    "engine_steps": "engine steps that computed something, whole run",
+    "extrapolated_steps": "engine steps outside the profile's calibrated range, whole run",
     "goodput_requests_per_s": "requests per second of the window that met every SLO given; a plain "
     "request meets TTFT and TPOT if it ends when a stream that just meets both would have ended",
     "hold_s": "dispatched - arrived, the wait in the central queue; finished requests",
     "interval": "half width of the 95 % Student t interval of the mean over seeds",
     "itl_s": "gaps between consecutive tokens of a sequence, whole run, read from bins of equal "
     "ratio (2.3 % wide)",
-    "kv_use": "share of a replica's KV blocks in use; samples of all replicas in the window",
+    "kv_use_max": "as kv_use_mean, the largest sample",
+    "kv_use_mean": "share of a replica's KV blocks in use; samples of all replicas in the window",
     "percentiles": "numpy 'linear'",
+    "preemptions": "sequences that lost their blocks and were recomputed, whole run",
+    "prefix_hit_rate": "share of the prompt tokens looked up that were cached, whole run",
     "queue_s": "started - dispatched, the wait inside the engine; finished requests",
     "saturated": "over the arrival window: mean number in system in the last quarter above 1.5 x "
     "that of the second, never back at the latter, and grown by over 5 % of the arrivals between",
     "slo_attainment": "share of measured requests that met every SLO; shed, refused and "
     "unfinished ones missed it",
+    "throughput_output_tokens_per_s": "output tokens of what finished in the window",
+    "throughput_requests_per_s": "requests finished in the window",
+    "throughput_total_tokens_per_s": "prompt and output tokens of what finished in the window",
     "tpot_s": "(finished - first token) / (output tokens - 1); streamed finished requests of more "
     "than one token",
     "ttft_s": "first token - arrived, holding included; streamed finished requests",
@@ -146,7 +155,7 @@ def combine(seeds: Sequence[SeedMetrics], slo: Slo, warmup_fraction: float) -> S
     def latency(name: str) -> dict[str, Estimate]:
         each = [cast("dict[str, float | None]", seed["latencies"][name]) for seed in seeds]
         return {
-            statistic: estimate([distribution[statistic] for distribution in each])
+            statistic: estimate([of_seed[statistic] for of_seed in each])
             for statistic in ("mean", *PERCENTILES)
         }
 
@@ -186,7 +195,7 @@ def seed_metrics(result: SeedResult, slo: Slo, warmup_fraction: float) -> SeedMe
         raise ValueError(f"warmup_fraction must be in [0, 1), not {warmup_fraction}")
     requests = result.requests
     total = requests["outcome"].size
-    cut = int(warmup_fraction * total)
+    cut = warmup_requests(total, warmup_fraction)
     measured = {name: column[cut:] for name, column in requests.items()}
     window_ns = _window_ns(measured)
     met = meets_slo(requests, slo)
@@ -201,13 +210,19 @@ def seed_metrics(result: SeedResult, slo: Slo, warmup_fraction: float) -> SeedMe
         "tpot_undefined_requests": int(np.count_nonzero(_streams(measured) & _single(measured))),
         "saturated": is_saturated(requests),
         "window_s": (window_ns[1] - window_ns[0]) / 1e9,
-        "latencies": _latencies(measured) | {"itl_s": binned_distribution(itl_counts)},
+        "latencies": {name: distribution(values) for name, values in latencies(measured).items()}
+        | {"itl_s": binned_distribution(itl_counts)},
         "values": _rates(requests, met if judged else None, window_ns)
         | {"slo_attainment": _share(int(met[cut:].sum()), total - cut) if judged else None}
         | _engine_values(result, window_ns),
         "itl_histogram": _histogram(itl_counts),
         "replicas": _replica_totals(result),
     }
+
+
+def warmup_requests(total: int, warmup_fraction: float) -> int:
+    """How many of `total` requests, the first to arrive, are not measured."""
+    return int(warmup_fraction * total)
 
 
 def meets_slo(requests: Columns, slo: Slo) -> NDArray[np.bool_]:
@@ -278,7 +293,8 @@ def binned_distribution(counts: NDArray[np.int64]) -> Distribution:
     return {"count": total, "mean": mean, "p50": p50, "p90": p90, "p99": p99}
 
 
-def _distribution(values_s: NDArray[np.float64]) -> Distribution:
+def distribution(values_s: NDArray[np.float64]) -> Distribution:
+    """Mean and percentiles of observations."""
     if not values_s.size:
         return {"count": 0, "mean": None, "p50": None, "p90": None, "p99": None}
     p50, p90, p99 = np.percentile(values_s, list(PERCENTILES.values()), method="linear").tolist()
@@ -299,21 +315,25 @@ def _single(requests: Columns) -> NDArray[np.bool_]:
     return np.asarray(requests["output_tokens"] <= 1)
 
 
-def _latencies(requests: Columns) -> dict[str, Distribution]:
+def latencies(requests: Columns) -> dict[str, NDArray[np.float64]]:
+    """The observations in seconds of every kind of latency but ITL, as `DEFINITIONS` has them."""
     finished = requests["outcome"] == FINISHED
     streams = _streams(requests)
     several = streams & ~_single(requests)
 
     def seconds(start: str, end: str, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-        return (requests[f"{end}_ns"][chosen] - requests[f"{start}_ns"][chosen]) / 1e9
+        spans_ns = requests[f"{end}_ns"][chosen] - requests[f"{start}_ns"][chosen]
+        return np.asarray(spans_ns / 1e9)
 
     decode_s = seconds("first_token", "finished", several)
     return {
-        "ttft_s": _distribution(seconds("arrived", "first_token", streams)),
-        "tpot_s": _distribution(decode_s / (requests["output_tokens"][several] - 1)),
-        "e2e_s": _distribution(seconds("arrived", "finished", finished)),
-        "hold_s": _distribution(seconds("arrived", "dispatched", finished)),
-        "queue_s": _distribution(seconds("dispatched", "started", finished)),
+        "ttft_s": seconds("arrived", "first_token", streams),
+        "tpot_s": decode_s / (requests["output_tokens"][several] - 1),
+        "e2e_s": seconds("arrived", "finished", finished),
+        "hold_s": seconds("arrived", "dispatched", finished),
+        "preemptions": "sequences that lost their blocks and were recomputed, whole run",
+        "prefix_hit_rate": "share of the prompt tokens looked up that were cached, whole run",
+        "queue_s": seconds("dispatched", "started", finished),
     }
 
 

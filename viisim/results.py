@@ -29,6 +29,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from viisim import __version__
 from viisim.errors import InputError
 from viisim.metrics import Summary
 from viisim.plots import draw_all
@@ -62,7 +63,8 @@ def make_manifest(
         "code": code_version(),
         "versions": {
             "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-            **{name: metadata.version(name) for name in ("viisim", *LIBRARIES)},
+            "viisim": __version__,
+            **{name: metadata.version(name) for name in LIBRARIES},
         },
     }
 
@@ -132,10 +134,10 @@ def open_run(folder: Path, numbered: bool = False) -> Iterator[RunFolder]:
     (`least_loaded-2`); otherwise it is an error. If the block raises, nothing is left behind.
     Raises InputError if the folder is taken or cannot be written.
     """
-    folder = next(_free_names(folder)) if numbered else folder
-    _require_free(folder)
-    with _folder_beside(folder) as aside:
-        run = RunFolder(folder, aside)
+    path = next(_free_names(folder)) if numbered else folder
+    _require_free(path)
+    with _folder_beside(path) as aside:
+        run = RunFolder(path, aside)
         yield run
         run.path = _publish(aside, folder, numbered)
 
@@ -202,7 +204,8 @@ def _publish(aside: Path, folder: Path, numbered: bool) -> Path:
         try:
             return aside.rename(name)
         except OSError:
-            _require_free(name) if not numbered else None
+            if not numbered:
+                _require_free(name)
             if not os.path.lexists(name):
                 raise
     raise InputError(f"{folder}: cannot be replaced; give another folder with --out")
@@ -220,7 +223,10 @@ def _write_parquet(
     seeds: Iterator[tuple[int, Mapping[str, Any]]],
 ) -> None:
     """One row group a seed (more beyond a million rows), with a `seed` column in front."""
-    fields = [("seed", pa.int64()), *((name, pa.from_numpy_dtype(t)) for name, t in columns.items())]
+    fields = [
+        ("seed", pa.int64()),
+        *((name, pa.from_numpy_dtype(t)) for name, t in columns.items()),
+    ]
     schema = pa.schema(fields, metadata=_META)
     with pq.ParquetWriter(path, schema, compression="zstd", compression_level=3) as writer:
         for seed, table in seeds:
@@ -300,7 +306,9 @@ def compare_bytes(a: Path, b: Path) -> list[str]:
     The manifest is left out: it says what was run and with which versions, see
     `compare_manifests`.
     """
-    names = {str(f.relative_to(run).as_posix()) for run in (a, b) for f in run.rglob("*") if f.is_file()}
+    names = {
+        str(f.relative_to(run).as_posix()) for run in (a, b) for f in run.rglob("*") if f.is_file()
+    }
     lines = []
     for name in sorted(names - {"manifest.json"}):
         one, other = a / name, b / name

@@ -43,9 +43,9 @@ from viisim.engine.replica import (
     DELIVERY,
     SCRAPE,
     TIMER,
+    Call,
     Phase,
     Replica,
-    call_at,
 )
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.sequence import Sequence as EngineSequence
@@ -163,13 +163,12 @@ class Simulation:
         self._flights: dict[str, _Flight] = {}
         self._retiring: set[str] = set()
         self._pending: list[Event] = []
-        self._draining_pending = False
+        self._delivering = False
         self._timer_ns: int | None = None
         self._arrivals = 0
         self._held_at_last_arrival = 0
         self._rows = _Columns(REQUEST_COLUMNS)
         self._samples = _Columns(SAMPLE_COLUMNS)
-        self._events = 0
 
     # -- running --
 
@@ -179,14 +178,13 @@ class Simulation:
             self._deliver(_ready(spec))
         self._next = next(self._requests, None)
         if self._next is not None:
-            call_at(self._env, self._next.arrived_ns, ARRIVAL, self._arrive)
-            call_at(self._env, 0, SCRAPE, self._scrape)
+            Call(self._env, self._next.arrived_ns, ARRIVAL, self._arrive)
+            Call(self._env, 0, SCRAPE, self._scrape)
         env = self._env
         with _without_garbage_collection():
             try:
                 while self._until_ns is None or env.peek() <= self._until_ns:
                     env.step()
-                    self._events += 1
             except simpy.core.EmptySchedule:
                 pass
         return self._result()
@@ -210,7 +208,7 @@ class Simulation:
         self._arrivals += 1
         following = self._next = next(self._requests, None)
         if following is not None:
-            call_at(self._env, following.arrived_ns, ARRIVAL, self._arrive)
+            Call(self._env, following.arrived_ns, ARRIVAL, self._arrive)
         else:
             self._held_at_last_arrival = len(self._flights)
         self._deliver(Arrived(request.view.arrived_s, request.view))
@@ -244,12 +242,12 @@ class Simulation:
             for replica_id, running, waiting, usage in sampled:
                 self._deliver(Gauges(now_s, replica_id, sampled_s, running, waiting, usage))
 
-        call_at(self._env, now_ns + self._delay_ns, DELIVERY, deliver)
-        call_at(self._env, now_ns + self._scrape_ns, SCRAPE, self._scrape)
+        Call(self._env, now_ns + self._delay_ns, DELIVERY, deliver)
+        Call(self._env, now_ns + self._scrape_ns, SCRAPE, self._scrape)
 
-    def _on_steps(self, replica: Replica, ended: list[EngineSequence]) -> None:
+    def _on_steps(self, replica: Replica, ended: list[EngineSequence], now_ns: int) -> None:
         """A replica's step has ended: tell the core what a driver would see."""
-        now_s = self._now_s
+        now_s = now_ns / NS_PER_S
         engine = replica.engine
         if self._wants_first_token:
             for sequence in engine.first_tokens:
@@ -279,20 +277,24 @@ class Simulation:
     def _deliver(self, event: Event) -> None:
         """Hand an event to the core and perform its actions; events that these raise at once
         are handled after them."""
-        pending = self._pending
-        pending.append(event)
-        if self._draining_pending:
+        if self._delivering:
+            self._pending.append(event)
             return
-        self._draining_pending = True
-        core = self.core
-        while pending:
-            current = pending.pop(0)
-            actions = core.handle(current)
-            if self._journal is not None:
-                self._journal.record(current, actions)
+        self._delivering = True
+        core, journal = self.core, self._journal
+        while True:
+            actions = core.handle(event)
+            if journal is not None:
+                journal.record(event, actions)
             for action in actions:
-                _PERFORM[type(action)](self, action)
-        self._draining_pending = False
+                if type(action) is Dispatch:
+                    self._dispatch(action)
+                else:
+                    _PERFORM[type(action)](self, action)
+            if not self._pending:
+                break
+            event = self._pending.pop(0)
+        self._delivering = False
         when_s = core.next_timer_s()
         if when_s is not None:
             self._set_timer(when_s)
@@ -303,7 +305,7 @@ class Simulation:
             when_ns += 1
         if when_ns != self._timer_ns:
             self._timer_ns = when_ns
-            call_at(self._env, when_ns, TIMER, self._tick)
+            Call(self._env, when_ns, TIMER, self._tick)
 
     # -- performing actions --
 
@@ -331,7 +333,7 @@ class Simulation:
             now_ns,
             flight,
         )
-        replica.take(sequence)
+        replica.take(sequence, now_ns)
 
     def _shed(self, action: Shed) -> None:
         refused = action.reason.endswith(_TOO_LONG)
@@ -342,7 +344,7 @@ class Simulation:
         assert flight.replica is not None, "what is preempted was dispatched"
         assert flight.sequence is not None, "what is preempted was dispatched"
         flight.withdrawn = True
-        flight.replica.abort(flight.sequence)
+        flight.replica.abort(flight.sequence, int(self._env.now))
 
     def _launch(self, action: Launch) -> None:
         reason = "simulated clusters have a fixed set of replicas"
@@ -365,7 +367,7 @@ class Simulation:
         view = request.view
         sequence = flight.sequence
         del self._flights[view.id]
-        finished_ns = self._env.now if outcome == FINISHED else -1
+        finished_ns = int(self._env.now) if outcome == FINISHED else -1
         self._rows.add(
             (
                 flight.index,
@@ -399,12 +401,11 @@ class Simulation:
             replicas=tuple(_totals(replica.engine) for replica in self._replicas.values()),
             ended_ns=int(self._env.now),
             held_at_last_arrival=self._held_at_last_arrival,
-            events=self._events,
+            events=next(self._env._eid),
         )
 
 
 _PERFORM: Mapping[type, Callable[[Simulation, Any], None]] = {
-    Dispatch: Simulation._dispatch,
     Shed: Simulation._shed,
     Preempt: Simulation._preempt,
     Launch: Simulation._launch,
@@ -462,18 +463,19 @@ def _outputs_so_far(flight: _Flight) -> int:
 
 
 def _totals(engine: Engine) -> ReplicaTotals:
-    scheduler = engine.scheduler
+    scheduler, log = engine.scheduler, engine.log
+    log.fold()
     return ReplicaTotals(
-        steps=engine.steps,
-        busy_ns=engine.busy_ps // 1000,
-        prefill_tokens=engine.prefill_tokens,
-        decode_tokens=engine.decode_tokens,
+        steps=log.steps,
+        busy_ns=log.busy_ps // 1000,
+        prefill_tokens=log.prefill_tokens,
+        decode_tokens=log.decode_tokens,
         preemptions=scheduler.preemptions,
         prefix_queried_tokens=scheduler.queried_tokens,
         prefix_hit_tokens=scheduler.hit_tokens,
-        extrapolated_steps=engine.extrapolated_steps,
+        extrapolated_steps=log.extrapolated_steps,
         usable_kv_blocks=scheduler.settings.usable_blocks,
-        itl_counts=engine.itl.counts(),
+        itl_counts=log.itl_counts,
     )
 
 

@@ -118,6 +118,9 @@ class Match:
         """The look-up ended where a running sequence is still adding content."""
 
 
+_NO_MATCH = Match()
+
+
 class BlockPool:
     """`usable_blocks` KV blocks of `block_tokens` tokens.
 
@@ -232,13 +235,17 @@ class BlockPool:
 
     def match(self, sequence: Sequence) -> Match:
         """The longest cached prefix, at most all but the last token, whole blocks (R11)."""
-        found = Match()
         if not self.caching:
-            return found
-        limit = (sequence.tokens - 1) // self.block_tokens
+            return _NO_MATCH
         node = self.root
         if node.growing:
             self._key_growing(node)
+        segment, tokens = sequence.prompt[0]
+        begins_with_block = tokens >= self.block_tokens
+        if begins_with_block and (segment, 0) not in node.children and not node.growing:
+            return _NO_MATCH  # by far the most frequent case
+        found = Match()
+        limit = (sequence.tokens - 1) // self.block_tokens
         for key, blocks in spans(sequence.content, self.block_tokens, 0, limit):
             while blocks:
                 child = node.children.get(key)

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from math import isqrt
 
-from viisim.engine.itl import ItlHistogram
 from viisim.engine.scheduler import Batch, Scheduler, SchedulerSettings
 from viisim.engine.sequence import DECODING, DONE, WAITING, Sequence
+from viisim.engine.step_log import StepLog
 from viisim.engine.step_time import PS_PER_NS, StepTime
 
 
@@ -38,12 +38,7 @@ class Engine:
         self.step_time = step_time
         self.coalesce = coalesce
         self.reports_first_tokens = reports_first_tokens
-        self.steps = 0
-        self.busy_ps = 0
-        self.prefill_tokens = 0
-        self.decode_tokens = 0
-        self.extrapolated_steps = 0
-        self.itl = ItlHistogram()
+        self.log = StepLog(step_time)
         self.first_tokens: list[Sequence] = []
         """Sequences whose first token the last `finish` yielded."""
         self.aborted: list[Sequence] = []
@@ -62,6 +57,8 @@ class Engine:
         """Duration of the train's second step."""
         self._growth_ps = 0
         """By how much each step behind it is longer than the one before."""
+        self._context_tokens = 0
+        """Tokens that the train's second step attends to."""
         self._aborts: list[Sequence] = []
 
     # -- for the kernel --
@@ -88,13 +85,26 @@ class Engine:
         head, following, decode_steps = self._running, self._next, self._train - 1
         assert head is not None, "what finishes was running"
         scheduler = self.scheduler
-        self._book_head(head)
-        if head.firsts or self.first_tokens:
-            self._take_first_tokens(head)
+        head_ps = self._head_ps
+        self._clock_ps += head_ps
+        log = self.log.rows
+        decodes = head.decodes
+        late = len(head.late)
+        log.append((decodes, late, head.context_tokens, head.prefill_tokens, head_ps, 0, 1))
+        if head.firsts or late or self.first_tokens:
+            self._take_tokens(head)
         if decode_steps:
-            self._book_decodes(decode_steps)
-            # In asynchronous mode the last of the steps scheduled now starts to run.
-            scheduler.advance(head if following is None else following, decode_steps)
+            step_ps, growth_ps, members = self._step_ps, self._growth_ps, scheduler.members
+            context_tokens = self._context_tokens
+            log.append((members, 0, context_tokens, 0, step_ps, growth_ps, decode_steps))
+            self._clock_ps += (
+                decode_steps * step_ps + decode_steps * (decode_steps - 1) // 2 * growth_ps
+            )
+            if following is None:
+                scheduler.advance(head, decode_steps)
+            else:  # asynchronous: the last step scheduled starts to run now
+                scheduler.advance(following, decode_steps)
+                following.context_tokens += decode_steps * members
         ended = scheduler.update(head) if head.lasts else []
         self._running, self._next, self._train = following, None, 0
         if self._aborts or self.aborted:
@@ -155,54 +165,25 @@ class Engine:
 
     def _couple(self, decode_steps: int) -> None:
         """Let that many decode steps of the group follow the head in one train."""
-        if decode_steps:
-            following = self._next
-            members, context_tokens = self.scheduler.decode_group
-            if following is not None:
-                context_tokens = following.context_tokens
-            self._step_ps = self.step_time.step_ps(members, context_tokens, 0, 0)
-            self._growth_ps = self.step_time.growth_ps(members)
-            self._train += decode_steps
+        if not decode_steps:
+            return
+        scheduler, step_time = self.scheduler, self.step_time
+        members = scheduler.members
+        if self._next is None:
+            context_tokens = scheduler.offsets + members * scheduler.clock
+        else:
+            context_tokens = self._next.context_tokens
+        slope_ps = step_time.slope_ps[members]
+        self._context_tokens = context_tokens
+        self._step_ps = step_time.base_ps[members] + slope_ps * context_tokens
+        self._growth_ps = slope_ps * members
+        self._train += decode_steps
 
-    # -- booking --
+    # -- what steps yield --
 
-    def _book_head(self, batch: Batch) -> None:
-        """Count the head of the train and let its time pass."""
-        self._clock_ps += self._head_ps
-        self.busy_ps += self._head_ps
-        self.steps += 1
-        self.prefill_tokens += batch.prefill_tokens
-        self.decode_tokens += batch.decodes
-        step_time = self.step_time
-        if step_time.calibrated is not None:
-            self.extrapolated_steps += step_time.extrapolated_steps(
-                batch.decodes, batch.context_tokens, batch.prefill_tokens, 1
-            )
-        if batch.decodes:
-            self.itl.add(batch.decodes - len(batch.late), self._head_ps, 0, 1)
-            for sequence in batch.late:
-                self._take_late_token(sequence)
-
-    def _book_decodes(self, steps: int) -> None:
-        """Count the decode steps behind the head and let their time pass."""
-        following = self._next
-        members, context_tokens = self.scheduler.decode_group
-        if following is not None:
-            context_tokens = following.context_tokens
-            following.context_tokens += steps * members
-        duration_ps = steps * self._step_ps + steps * (steps - 1) // 2 * self._growth_ps
-        self._clock_ps += duration_ps
-        self.busy_ps += duration_ps
-        self.steps += steps
-        self.decode_tokens += steps * members
-        step_time = self.step_time
-        if step_time.calibrated is not None:
-            self.extrapolated_steps += step_time.extrapolated_steps(
-                members, context_tokens, 0, steps
-            )
-        self.itl.add(members, self._step_ps, self._growth_ps, steps)
-
-    def _take_first_tokens(self, batch: Batch) -> None:
+    def _take_tokens(self, batch: Batch) -> None:
+        """Note first tokens, and tokens that come more than a step after the last one."""
+        self.log.fold_if_long()
         first_tokens = self.first_tokens
         first_tokens.clear()
         for sequence in batch.firsts:
@@ -211,6 +192,8 @@ class Engine:
                 first_tokens.append(sequence)
             else:
                 self._take_late_token(sequence)
+        for sequence in batch.late:
+            self._take_late_token(sequence)
 
     def _take_aborts(self) -> None:
         self.aborted.clear()
@@ -235,7 +218,7 @@ class Engine:
 
     def _take_late_token(self, sequence: Sequence) -> None:
         if sequence.late_since_ps >= 0:
-            self.itl.add(1, self._clock_ps - sequence.late_since_ps, 0, 1)
+            self.log.add_late_gap(self._clock_ps - sequence.late_since_ps)
             sequence.late_since_ps = -1
 
     # -- times within a train --

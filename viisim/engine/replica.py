@@ -37,23 +37,30 @@ class Phase:
             self.priority = priority
 
 
-def call_at(
-    env: simpy.Environment, when_ns: int, priority: int, callback: Callable[[simpy.Event], None]
-) -> simpy.Event:
-    """Have the kernel call `callback(event)` at `when_ns`."""
-    event = simpy.Event(env)
-    event._ok = True
-    event._value = None
-    event.callbacks = [callback]
-    env.schedule(event, priority, when_ns - env.now)  # type: ignore[arg-type]
-    return event
+class Call(simpy.Event):
+    """A kernel event that calls `callback(event)` at `when_ns`."""
+
+    _ok = True
+    _value = None
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        when_ns: int,
+        priority: int,
+        callback: Callable[[simpy.Event], None],
+    ) -> None:
+        # Not super().__init__: the event is triggered from the start, as simpy.Timeout is.
+        self.env = env
+        self.callbacks = [callback]
+        env.schedule(self, priority, when_ns - env.now)  # type: ignore[arg-type]
 
 
 class Replica:
     """One engine, driven by kernel events.
 
-    `on_steps(replica, ended)` is called after every event of the engine with the sequences that
-    ended; `engine.first_tokens` and `engine.aborted` hold what else happened.
+    `on_steps(replica, ended, now_ns)` is called after every event of the engine with the
+    sequences that ended; `engine.first_tokens` and `engine.aborted` hold what else happened.
     """
 
     def __init__(
@@ -63,7 +70,7 @@ class Replica:
         index: int,
         replica_id: str,
         engine: Engine,
-        on_steps: Callable[[Replica, list[Sequence]], None],
+        on_steps: Callable[[Replica, list[Sequence], int], None],
     ) -> None:
         self.index = index
         self.id = replica_id
@@ -72,32 +79,29 @@ class Replica:
         self._phase = phase
         self._priority = STEP_END + index
         self._on_steps = on_steps
-        self._event: simpy.Event | None = None
+        self._event: Call | None = None
+        self._event_ns = 0
 
-    def take(self, sequence: Sequence) -> None:
+    def take(self, sequence: Sequence, now_ns: int) -> None:
         """A request is dispatched to this replica."""
-        now_ns = self._env.now
-        ended = self._phase.priority > self._priority
-        self._wake_at(self.engine.arrive(sequence, now_ns, ended))  # type: ignore[arg-type]
+        self._wake_at(self.engine.arrive(sequence, now_ns, self._phase.priority > self._priority))
 
-    def abort(self, sequence: Sequence) -> None:
+    def abort(self, sequence: Sequence, now_ns: int) -> None:
         """Withdraw a sequence; it is gone after the step in progress."""
-        now_ns = self._env.now
-        ended = self._phase.priority > self._priority
-        self._wake_at(self.engine.abort(sequence, now_ns, ended))  # type: ignore[arg-type]
+        self._wake_at(self.engine.abort(sequence, now_ns, self._phase.priority > self._priority))
 
     def _wake_at(self, when_ns: int | None) -> None:
         if when_ns is not None:
-            self._event = call_at(self._env, when_ns, self._priority, self._step_end)
+            self._event_ns = when_ns
+            self._event = Call(self._env, when_ns, self._priority, self._step_end)
 
     def _step_end(self, event: simpy.Event) -> None:
         if event is not self._event:
             return  # an arrival has cut the train: its end came earlier
-        self._event = None
-        now_ns = self._env.now
-        self._phase.reach(now_ns, self._priority)  # type: ignore[arg-type]
+        now_ns = self._event_ns
+        self._phase.reach(now_ns, self._priority)
         engine = self.engine
-        ended, next_ns = engine.finish(now_ns)  # type: ignore[arg-type]
+        ended, next_ns = engine.finish(now_ns)
         self._wake_at(next_ns)
         if ended or engine.first_tokens or engine.aborted:
-            self._on_steps(self, ended)
+            self._on_steps(self, ended, now_ns)

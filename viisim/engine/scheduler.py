@@ -136,9 +136,13 @@ class Scheduler:
         self._lag_tokens = 2 if settings.async_scheduling else 1
         self._admissions = 0
         self._prefilling: list[Sequence] = []
-        self._clock = 0
-        self._members = 0
-        self._offsets = 0
+        self.clock = 0
+        """Steps that the decode group has made."""
+        self.members = 0
+        """Sequences in the decode group."""
+        self.offsets = 0
+        """Sum of tokens - clock over the members: what they attend to is offsets + members *
+        clock."""
         self._residues = [0] * settings.block_tokens
         self._ends: list[tuple[int, int, Sequence]] = []
         self._head_may_fit = False
@@ -220,9 +224,9 @@ class Scheduler:
         done, when budget or blocks may not suffice for all."""
         settings = self.settings
         pool = self.pool
-        members = self._members
+        members = self.members
         budget = settings.max_num_batched_tokens - members
-        needed = self._residues[-self._clock % settings.block_tokens] if members else 0
+        needed = self._residues[-self.clock % settings.block_tokens] if members else 0
         prefilling = self._prefilling
         chunk = 0
         if prefilling:
@@ -240,9 +244,9 @@ class Scheduler:
             pool.take(needed)
         if members:
             batch.decodes = members
-            batch.context_tokens = self._offsets + members * self._clock
-            self._clock += 1
-            if self._ends[0][0] <= self._clock:
+            batch.context_tokens = self.offsets + members * self.clock
+            self.clock += 1
+            if self._ends[0][0] <= self.clock:
                 self._collect_ends(batch)
         if prefilling:
             sequence.blocks = -(-end // settings.block_tokens)
@@ -253,7 +257,7 @@ class Scheduler:
     def _collect_ends(self, batch: Batch) -> None:
         """Members whose last token this step computes leave the group."""
         ends = self._ends
-        clock = self._clock
+        clock = self.clock
         while ends and ends[0][0] <= clock:
             finish_clock, _, sequence = heapq.heappop(ends)
             if sequence.state == DECODING and sequence.finish_clock == finish_clock:
@@ -299,11 +303,11 @@ class Scheduler:
     # -- the decode group --
 
     def _join_group(self, sequence: Sequence) -> None:
-        clock = self._clock
+        clock = self.clock
         offset = sequence.offset = sequence.tokens - clock
         sequence.state = DECODING
-        self._members += 1
-        self._offsets += offset
+        self.members += 1
+        self.offsets += offset
         # A member needs a block in the step that computes its token number k * block + 1.
         self._residues[(offset - 1) % self.settings.block_tokens] += 1
         sequence.finish_clock = sequence.end_tokens - offset
@@ -314,12 +318,12 @@ class Scheduler:
     def _leave_group(self, sequence: Sequence) -> None:
         """Write the sequence's own counts again."""
         offset = sequence.offset
-        sequence.tokens = offset + self._clock
+        sequence.tokens = offset + self.clock
         sequence.computed = sequence.tokens - 1
         sequence.blocks = -(-sequence.computed // self.settings.block_tokens)
         sequence.state = LOOSE
-        self._members -= 1
-        self._offsets -= offset
+        self.members -= 1
+        self.offsets -= offset
         self._residues[(offset - 1) % self.settings.block_tokens] -= 1
         if sequence.shareable:
             self._key_growing(sequence.tail or self.pool.root)
@@ -348,9 +352,9 @@ class Scheduler:
         block_tokens = self.settings.block_tokens
         growing.sort(key=lambda sequence: (-sequence.offset, sequence.order))
         for sequence in growing:
-            blocks = (sequence.offset + self._clock - self._lag_tokens) // block_tokens
+            blocks = (sequence.offset + self.clock - self._lag_tokens) // block_tokens
             if blocks > sequence.keyed_blocks:
-                sequence.tokens = sequence.offset + self._clock
+                sequence.tokens = sequence.offset + self.clock
                 self.pool.register(sequence, blocks)
             self._growing_at(sequence).append(sequence)
 
@@ -362,7 +366,7 @@ class Scheduler:
 
     def tokens_of(self, sequence: Sequence) -> int:
         """Prompt and output tokens of a sequence, those on the way included."""
-        return sequence.offset + self._clock if sequence.state == DECODING else sequence.tokens
+        return sequence.offset + self.clock if sequence.state == DECODING else sequence.tokens
 
     # -- running sequences, one by one --
 
@@ -515,25 +519,25 @@ class Scheduler:
             or batch.literal is not None
             or self._prefilling
             or self._head_may_fit
-            or not self._members
+            or not self.members
         ):
             return 0
         ends = self._ends
         while ends[0][2].state != DECODING or ends[0][2].finish_clock != ends[0][0]:
             heapq.heappop(ends)
-        return self._steps_with_blocks(ends[0][0] - self._clock)
+        return self._steps_with_blocks(ends[0][0] - self.clock)
 
     def _steps_with_blocks(self, steps: int) -> int:
         """How many of `steps` further decode steps the free blocks allow."""
         free = self.pool.free_blocks
         cycle = self.settings.block_tokens
-        if free >= self._members * (steps // cycle + 1):
+        if free >= self.members * (steps // cycle + 1):
             return steps
         # In a whole cycle every member takes one block.
-        cycles, free = divmod(free, self._members)
+        cycles, free = divmod(free, self.members)
         allowed = cycles * cycle
         while allowed < steps:
-            free -= self._residues[(-self._clock - allowed) % cycle]
+            free -= self._residues[(-self.clock - allowed) % cycle]
             if free < 0:
                 break
             allowed += 1
@@ -545,23 +549,18 @@ class Scheduler:
         cycle = len(residues)
         whole, rest = divmod(steps, cycle)
         # Step i of the rest takes residues[(-clock - i) % cycle]: a slice, perhaps in two parts.
-        start = (1 - self._clock - rest) % cycle
-        blocks = whole * self._members + sum(residues[start : start + rest])
+        start = (1 - self.clock - rest) % cycle
+        blocks = whole * self.members + sum(residues[start : start + rest])
         if start + rest > cycle:
             blocks += sum(residues[: start + rest - cycle])
         return blocks
-
-    @property
-    def decode_group(self) -> tuple[int, int]:
-        """Sequences in the decode group, and the tokens they attend to in its next step."""
-        return self._members, self._offsets + self._members * self._clock
 
     def advance(self, batch: Batch, steps: int) -> None:
         """Account for `steps` decode steps of the group that follow `batch` unscheduled; who
         ends with the last of them is added to `batch.lasts`."""
         self.pool.take(self.blocks_for(steps))
-        self._clock += steps
-        if self._ends[0][0] <= self._clock:
+        self.clock += steps
+        if self._ends[0][0] <= self.clock:
             self._collect_ends(batch)
 
 

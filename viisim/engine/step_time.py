@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 PS_PER_S = 10**12
 PS_PER_NS = 1000
 
@@ -65,8 +68,11 @@ class StepTime:
         self.calibrated = calibrated
 
     def step_ps(self, decodes: int, context_tokens: int, prefill_tokens: int, pairs: int) -> int:
-        """Duration of one step; one with prefills takes the larger of the two bases. `pairs` are the (token, attended token) pairs of its prefills:
-        for a chunk of n tokens behind c others, n * c + n * (n + 1) / 2."""
+        """Duration of one step; with prefills it starts from the larger of the two bases.
+
+        `pairs` are the (token, attended token) pairs of the prefills: for a chunk of n tokens
+        behind c others, n * c + n * (n + 1) / 2.
+        """
         base_ps = self.base_ps[decodes]
         if prefill_tokens and base_ps < self.base_ps[0]:
             base_ps = self.base_ps[0]
@@ -77,23 +83,24 @@ class StepTime:
             + self.prefill_pair_ps * pairs
         )
 
-    def growth_ps(self, decodes: int) -> int:
-        """By how much each further step of the same decode batch is longer than the last."""
-        return self.slope_ps[decodes] * decodes
-
     def extrapolated_steps(
-        self, decodes: int, context_tokens: int, prefill_tokens: int, steps: int
+        self,
+        decodes: NDArray[np.int64],
+        context_tokens: NDArray[np.int64],
+        prefill_tokens: NDArray[np.int64],
+        steps: NDArray[np.int64],
     ) -> int:
-        """How many of `steps` steps, context growing, lie outside the calibrated range."""
+        """How many of these steps lie outside the calibrated range. Row i stands for `steps[i]`
+        steps whose context grows by one token per decoding sequence each."""
         known = self.calibrated
         if known is None:
             return 0
-        if decodes > known.max_decode_sequences or prefill_tokens > known.max_prefill_tokens:
-            return steps
-        if not decodes:
-            return 0
-        inside = (known.max_context_tokens - context_tokens) // decodes + 1
-        return steps - min(max(inside, 0), steps)
+        room = known.max_context_tokens - context_tokens
+        inside = np.clip(room // np.maximum(decodes, 1) + 1, 0, steps)
+        inside[decodes == 0] = steps[decodes == 0]
+        too_many = decodes > known.max_decode_sequences
+        inside[too_many | (prefill_tokens > known.max_prefill_tokens)] = 0
+        return int((steps - inside).sum())
 
 
 def _to_ps(seconds: float) -> int:

@@ -1,0 +1,1 @@
+"""Deploy: the same policies, asked through the same core, in front of real workers."""

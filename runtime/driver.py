@@ -1,0 +1,490 @@
+"""`Driver`: asyncio around one `SchedulerCore`. The simulator's counterpart is
+`viisim.simulation`.
+
+Theory of operation. Everything that happens becomes an event and goes through `Driver.report`,
+which hands it to the core, journals it, and performs the core's actions; events raised meanwhile
+wait their turn. Performing never blocks: a `Dispatch` starts a task that reads the worker's
+answer, a `Preempt` cancels that task. An attempt ends when its task ends, and only then is its
+terminal event reported, so that a slot is never counted free while a worker still holds it.
+
+All of it runs on one event loop, in one thread; nothing here awaits between reading the core and
+acting on what it said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from policies.core import SchedulerCore
+from policies.interface import (
+    Action,
+    Arrived,
+    Cancelled,
+    Dispatch,
+    Event,
+    Failed,
+    Finished,
+    FirstToken,
+    Gauges,
+    Launch,
+    LaunchFailed,
+    Preempt,
+    ReplicaChanged,
+    RequestView,
+    Retire,
+    Shed,
+    Tick,
+)
+
+log = logging.getLogger(__name__)
+
+# -- what a driver is connected to --
+
+
+class WorkerError(Exception):
+    """The world's fault: a worker is down, slow, or answered with an error."""
+
+
+class WorkerRefused(WorkerError):  # noqa: N818 - the family is WorkerDown, WorkerTimeout, ...
+    """The worker refused the request itself, as any other would: not retried, not blamed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a worker's metrics say at one moment; the fields of `Gauges`."""
+
+    running: int
+    waiting: int
+    kv_usage: float
+
+
+class Worker(Protocol):
+    """A client of one inference server. The properties are those of `ReplicaChanged`."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def devices(self) -> tuple[str, ...]: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def kv_blocks(self) -> int: ...
+    @property
+    def block_tokens(self) -> int: ...
+
+    def generate(
+        self, request: RequestView, attempt: int, engine_priority: int
+    ) -> AsyncGenerator[int, None]:
+        """Send the request; yield the number of tokens of each piece of the answer.
+
+        Ends when the answer is whole. Raises WorkerError. When cancelled or closed it aborts
+        the request on the server, and returns only when the server holds it no longer.
+        """
+
+
+@runtime_checkable
+class GaugedWorker(Worker, Protocol):
+    """A worker whose metrics can be read."""
+
+    async def gauges(self) -> Reading:
+        """Read them. Raises WorkerError."""
+
+
+class Journal(Protocol):
+    """Where (event, actions) pairs go, in order; `viisim.journal.JournalWriter` is one."""
+
+    def record(self, event: Event, actions: Sequence[Action]) -> None:
+        """Note one handled event."""
+
+
+Answer: TypeAlias = Finished | Shed
+"""How a request ends for its client: a whole answer, or a refusal with its reason."""
+
+OnTokens: TypeAlias = Callable[[int], None]
+
+CLOSING = "closing"
+"""Reason of the `Shed` that requests get when the driver closes under them."""
+
+
+class _Call:
+    """A client waiting for an answer."""
+
+    __slots__ = ("answer", "on_tokens", "request")
+
+    def __init__(
+        self, request: RequestView, answer: asyncio.Future[Answer], on_tokens: OnTokens
+    ) -> None:
+        self.request = request
+        self.answer = answer
+        self.on_tokens = on_tokens
+
+
+class _Attempt:
+    """A request at a worker: lives exactly as long as its task."""
+
+    __slots__ = ("aborted", "number", "on_tokens", "request", "shown", "task", "worker_id")
+
+    task: asyncio.Task[int]
+
+    def __init__(self, call: _Call, number: int, worker_id: str) -> None:
+        self.request = call.request
+        self.on_tokens = call.on_tokens
+        self.number = number
+        self.worker_id = worker_id
+        self.shown = False
+        """A byte of the answer has reached the client."""
+        self.aborted = False
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.task.cancel()
+
+
+# -- the driver --
+
+
+class Driver:
+    """Runs one core against real workers; use it as an async context manager.
+
+    `core` must not have handled an event yet. `clock` gives monotonic seconds, by default the
+    loop's; deadlines of requests are on it. `scrape_s` is the time between two readings of a
+    worker's gauges, None for no readings.
+
+    When the policy or the journal fails, every waiting `submit` raises that error, and so does
+    the end of the context: a core that raised has no defined state to go on from.
+    """
+
+    def __init__(
+        self,
+        core: SchedulerCore,
+        workers: Iterable[Worker],
+        *,
+        journal: Journal | None = None,
+        scrape_s: float | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.core = core
+        self._workers = {worker.id: worker for worker in workers}
+        self._journal = journal
+        self._scrape_s = scrape_s
+        self._clock = clock
+        self._calls: dict[str, _Call] = {}
+        self._attempts: dict[str, _Attempt] = {}
+        self._scrapers: dict[str, asyncio.Task[None]] = {}
+        self._retiring: set[str] = set()
+        self._events: deque[Event] = deque()
+        self._handling = False
+        self._open = False
+        self._error: Exception | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_s: float | None = None
+
+    async def __aenter__(self) -> Driver:
+        self._loop = asyncio.get_running_loop()
+        self._clock = self._clock or self._loop.time
+        self._open = True
+        for worker in self._workers.values():
+            self.report(_ready(worker, self.now_s()))
+            if self._scrape_s is not None and isinstance(worker, GaugedWorker):
+                task = self._loop.create_task(self._scrape(worker, self._scrape_s))
+                task.add_done_callback(partial(self._scraper_ended, worker.id))
+                self._scrapers[worker.id] = task
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close as if every client left, and wait until no worker holds anything."""
+        self._open = False
+        self._dismiss_clients()
+        self._stop_timer()
+        for scraper in self._scrapers.values():
+            scraper.cancel()
+        while tasks := self._tasks():
+            await asyncio.wait(tasks)
+        if self._error is not None and error is None:
+            raise self._error
+
+    # -- for clients and operators --
+
+    def now_s(self) -> float:
+        """The time on the driver's clock."""
+        assert self._clock is not None, "set when the driver is entered"
+        return self._clock()
+
+    async def submit(self, request: RequestView, on_tokens: OnTokens | None = None) -> Answer:
+        """Have a request answered; `arrived_s` becomes the time of this call.
+
+        For a streamed request, `on_tokens` gets the number of tokens of each piece as it comes.
+        Cancelling this call means that the client has left. Raises ValueError when the id is in
+        use, RuntimeError when the driver is not open.
+        """
+        if self._error is not None:
+            raise self._error
+        if not self._open:
+            raise RuntimeError("the driver is not open: submit inside `async with driver`")
+        if request.id in self._calls or request.id in self._attempts:
+            raise ValueError(f"request id {request.id!r} is already in use")
+        now_s = self.now_s()
+        request = replace(request, arrived_s=now_s)
+        call = _Call(request, self._loop.create_future(), on_tokens or _ignore)
+        self._calls[request.id] = call
+        self.report(Arrived(now_s, request))
+        try:
+            return await call.answer
+        except asyncio.CancelledError:
+            if self._calls.get(request.id) is call:
+                self._client_left(request.id)
+            raise
+
+    def report(self, event: Event) -> None:
+        """Handle an event: ask the core, journal, perform. Events raised meanwhile follow.
+
+        Operators report `ConfigChanged` and `ReplicaChanged` here.
+        """
+        if self._error is not None:
+            return
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._events:
+                self._handle(self._events.popleft())
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._handling = False
+        self._arm_timer()
+
+    # -- events in, actions out --
+
+    def _handle(self, event: Event) -> None:
+        actions = self.core.handle(event)
+        if self._journal is not None:
+            self._journal.record(event, actions)
+        for action in actions:
+            _PERFORM[type(action)](self, action)
+
+    def _dispatch(self, action: Dispatch) -> None:
+        call = self._calls[action.request_id]
+        attempt = _Attempt(call, action.attempt, action.replica_id)
+        self._attempts[action.request_id] = attempt
+        attempt.task = self._loop.create_task(self._generate(attempt, action.engine_priority))
+        # Not inside the task: one cancelled before its first step never runs a line.
+        attempt.task.add_done_callback(partial(self._attempt_ended, attempt))
+
+    def _shed(self, action: Shed) -> None:
+        self._answer(action.request_id, action)
+
+    def _preempt(self, action: Preempt) -> None:
+        self._attempts[action.request_id].abort()
+
+    def _launch(self, action: Launch) -> None:
+        reason = "this driver starts no workers"
+        self.report(LaunchFailed(self.now_s(), action.replica_id, reason))
+
+    def _retire(self, action: Retire) -> None:
+        self._retiring.add(action.replica_id)
+        self._let_go_if_idle(action.replica_id)
+
+    def _let_go_if_idle(self, worker_id: str) -> None:
+        """A retired worker goes when its last attempt has ended."""
+        busy = any(attempt.worker_id == worker_id for attempt in self._attempts.values())
+        if busy or worker_id not in self._workers:
+            return
+        self._retiring.discard(worker_id)
+        del self._workers[worker_id]
+        if worker_id in self._scrapers:
+            self._scrapers[worker_id].cancel()
+        self.report(ReplicaChanged(self.now_s(), worker_id, "gone"))
+
+    # -- attempts --
+
+    async def _generate(self, attempt: _Attempt, engine_priority: int) -> int:
+        """Read one worker's answer to its end; the number of its tokens."""
+        worker = self._workers[attempt.worker_id]
+        output_tokens = 0
+        answer = worker.generate(attempt.request, attempt.number, engine_priority)
+        async with aclosing(answer):
+            async for tokens in answer:
+                if attempt.aborted:  # a worker that did not let the cancellation through
+                    break
+                output_tokens += tokens
+                if attempt.request.streamed:
+                    self._show(attempt, tokens)
+        return output_tokens
+
+    def _show(self, attempt: _Attempt, tokens: int) -> None:
+        """Pass a piece on. The core knows first: what is shown cannot be withdrawn."""
+        if not attempt.shown:
+            attempt.shown = True
+            if self.core.wants_first_token:
+                self.report(FirstToken(self.now_s(), attempt.request.id, attempt.number))
+        attempt.on_tokens(tokens)
+
+    def _attempt_ended(self, attempt: _Attempt, task: asyncio.Task[int]) -> None:
+        del self._attempts[attempt.request.id]
+        event = self._terminal_event(attempt, task)
+        if isinstance(event, Finished):
+            self._answer(event.request_id, event)
+        self.report(event)
+        if attempt.worker_id in self._retiring:
+            self._let_go_if_idle(attempt.worker_id)
+
+    def _terminal_event(
+        self, attempt: _Attempt, task: asyncio.Task[int]
+    ) -> Finished | Failed | Cancelled:
+        subject = (self.now_s(), attempt.request.id, attempt.number)
+        error = None if task.cancelled() else task.exception()
+        if attempt.aborted:  # whatever it still produced was not passed on
+            return Cancelled(*subject)
+        if task.cancelled():
+            error = WorkerError("the worker's client was cancelled")
+        if error is None:
+            return Finished(*subject, output_tokens=task.result())
+        if not isinstance(error, WorkerError):
+            # Our own bug, or the client's: it costs this request only, and is never silent.
+            log.error("attempt %d of %s", attempt.number, attempt.request.id, exc_info=error)
+        blamed = isinstance(error, WorkerError) and not isinstance(error, WorkerRefused)
+        return Failed(
+            *subject,
+            reason=str(error) or type(error).__name__,
+            retryable=blamed and not attempt.shown,
+            worker_fault=blamed,
+        )
+
+    # -- clients --
+
+    def _answer(self, request_id: str, answer: Answer) -> None:
+        call = self._calls.pop(request_id, None)
+        if call is not None and not call.answer.done():
+            call.answer.set_result(answer)
+
+    def _client_left(self, request_id: str) -> None:
+        del self._calls[request_id]
+        self.report(Cancelled(self.now_s(), request_id, 0))
+        if request_id in self._attempts:
+            self._attempts[request_id].abort()
+
+    def _dismiss_clients(self) -> None:
+        for request_id, call in list(self._calls.items()):
+            self._client_left(request_id)
+            if not call.answer.done():
+                call.answer.set_result(Shed(request_id, CLOSING))
+
+    # -- timer --
+
+    def _arm_timer(self) -> None:
+        """Have the loop call when the core wants its next `Tick`."""
+        due_s = self.core.next_timer_s() if self._open and self._error is None else None
+        if due_s == self._timer_s:
+            return
+        self._stop_timer()
+        if due_s is not None:
+            self._timer_s = due_s
+            delay_s = due_s - self.now_s()
+            self._timer = self._loop.call_at(self._loop.time() + delay_s, self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        due_s = self._timer_s
+        self._stop_timer()
+        now_s = self.now_s()
+        # The loop fires up to one clock resolution early, and the core wants no early Tick.
+        if due_s is not None and now_s >= due_s:
+            self.report(Tick(now_s))
+        else:
+            self._arm_timer()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._timer_s = None
+
+    # -- gauges --
+
+    async def _scrape(self, worker: GaugedWorker, period_s: float) -> None:
+        """Read a worker's gauges for ever. Those of a silent worker grow old: `age_s` tells."""
+        while True:
+            # The server samples while the reading is under way: the early end is the honest one,
+            # because what was dispatched since then may be missing from the reading.
+            sampled_s = self.now_s()
+            with suppress(WorkerError):
+                self._report_gauges(worker.id, sampled_s, await worker.gauges())
+            await asyncio.sleep(max(0.0, sampled_s + period_s - self.now_s()))
+
+    def _report_gauges(self, worker_id: str, sampled_s: float, reading: Reading) -> None:
+        self.report(
+            Gauges(
+                self.now_s(),
+                worker_id,
+                sampled_s,
+                running=reading.running,
+                waiting=reading.waiting,
+                kv_usage=reading.kv_usage,
+            )
+        )
+
+    def _scraper_ended(self, worker_id: str, task: asyncio.Task[None]) -> None:
+        del self._scrapers[worker_id]
+        if not task.cancelled():
+            log.error("the gauges of %s are read no more", worker_id, exc_info=task.exception())
+
+    # -- the end --
+
+    def _tasks(self) -> list[asyncio.Task[Any]]:
+        """Everything this driver started whose end it has not yet dealt with."""
+        return [*(attempt.task for attempt in self._attempts.values()), *self._scrapers.values()]
+
+    def _fail(self, error: Exception) -> None:
+        """The core cannot go on: everybody who waits learns why, and workers are freed."""
+        if self._error is not None:
+            return
+        self._error = error
+        self._events.clear()
+        self._stop_timer()
+        for call in self._calls.values():
+            if not call.answer.done():
+                call.answer.set_exception(error)
+        self._calls.clear()
+        for task in self._tasks():
+            task.cancel()
+
+
+def _ready(worker: Worker, now_s: float) -> ReplicaChanged:
+    return ReplicaChanged(
+        now_s,
+        worker.id,
+        "ready",
+        model=worker.model,
+        devices=worker.devices,
+        max_num_seqs=worker.max_num_seqs,
+        kv_blocks=worker.kv_blocks,
+        block_tokens=worker.block_tokens,
+    )
+
+
+def _ignore(tokens: int) -> None:
+    """For clients who only want the whole answer."""
+
+
+_PERFORM: dict[type, Callable[[Driver, Any], None]] = {
+    Dispatch: Driver._dispatch,
+    Shed: Driver._shed,
+    Preempt: Driver._preempt,
+    Launch: Driver._launch,
+    Retire: Driver._retire,
+}
