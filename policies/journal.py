@@ -21,7 +21,8 @@ import base64
 import json
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
@@ -46,17 +47,18 @@ class JournalError(ValueError):
 class _Shape(Generic[T]):
     """How one dataclass is written: which fields there are, and which need restoring."""
 
-    def __init__(self, kind: type[T]) -> None:
+    def __init__(self, kind: type[T], tag: str = "") -> None:
         hints = get_type_hints(kind)
+        names = [part.name for part in fields(kind)]  # type: ignore[arg-type]
         self.kind = kind
-        self.names = tuple(field.name for field in fields(kind))  # type: ignore[arg-type]
-        self.tuples = tuple(name for name in self.names if get_origin(hints[name]) is tuple)
-        self.nested = {
-            name: _Shape(hints[name]) for name in self.names if is_dataclass(hints[name])
-        }
+        self.tuples = [name for name in names if get_origin(hints[name]) is tuple]
+        self.nested = {name: _Shape(hints[name]) for name in names if is_dataclass(hints[name])}
+        self._keys = [tag, *names] if tag else names
+        # One call reads all fields; the class name comes first when it is asked for.
+        self._read = attrgetter(*["__class__.__name__"] * bool(tag), *names)
 
     def encode(self, value: T) -> dict[str, Any]:
-        record = {name: getattr(value, name) for name in self.names}
+        record = dict(zip(self._keys, self._read(value), strict=True))
         for name, shape in self.nested.items():
             record[name] = shape.encode(record[name])
         return record
@@ -80,11 +82,10 @@ class _Codec(Generic[T]):
 
     def __init__(self, tag: str, kinds: Sequence[type]) -> None:
         self.tag = tag
-        self.shapes: dict[str, _Shape[Any]] = {kind.__name__: _Shape(kind) for kind in kinds}
+        self.shapes: dict[str, _Shape[Any]] = {kind.__name__: _Shape(kind, tag) for kind in kinds}
 
     def encode(self, value: T) -> dict[str, Any]:
-        name = type(value).__name__
-        return {self.tag: name, **self.shapes[name].encode(value)}
+        return self.shapes[type(value).__name__].encode(value)
 
     def decode(self, record: Any) -> T:
         if not isinstance(record, Mapping):
@@ -127,8 +128,8 @@ class Segment:
     """The head of a segment: how to make the core that its events are fed to."""
 
     policy: PolicySpec
-    seed: int
-    limits: Limits
+    seed: int = 0
+    limits: Limits = field(default_factory=Limits)
     """At the start of the segment."""
     checkpoint: str | None = None
     """The core at the start of the segment, None for a fresh one."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from policies.interface import RequestView
 from runtime.driver import Reading
 
-Pieces = Sequence[int | Exception]
+Pieces = Sequence[int | BaseException]
 
 
 def two_tokens(request: RequestView, attempt: int) -> Pieces:
@@ -58,7 +58,7 @@ class FakeWorker:
             await self._wait_for_gate()
             for piece in self.answers(request, attempt):
                 await asyncio.sleep(self.piece_s)
-                if isinstance(piece, Exception):
+                if isinstance(piece, BaseException):
                     raise piece
                 yield piece
                 self.shown.set()

@@ -101,7 +101,7 @@ def queue(load: float, number: int, seed: int = 1, servers: int = 1) -> SeedResu
         "output_tokens": rng.integers(1, 200, number).astype(np.int32),
         "streamed": rng.random(number) < 0.8,
         "arrived_ns": arrived,
-        "dispatched_ns": arrived,
+        "dispatched_ns": arrived.copy(),
         "started_ns": started,
         "first_token_ns": started + service // 10,
         "finished_ns": started + service,

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -40,13 +40,16 @@ from policies.journal import (
     segment_line,
 )
 from policies.least_loaded import LeastLoaded
-from policies.registry import make_policy
+from policies.registry import make_policy, policy_names
 from policies.testing import request
+from viisim.engine.scheduler import SchedulerSettings
+from viisim.engine.step_time import DecodePoint, StepTime
 from viisim.errors import InputError
 from viisim.journal import JournalReader, JournalWriter, replay_journal
+from viisim.simulation import ReplicaSpec, Simulation
+from viisim.workload.request import Request
 
-SPEC = {"name": "power_of_two"}
-SEED = 7
+HEAD = Segment({"name": "power_of_two"}, seed=7)
 
 
 def any_of(kind: type) -> st.SearchStrategy[Any]:
@@ -74,11 +77,17 @@ def events() -> Iterator[Event]:
             yield Finished(now_s, f"q{index - 2}", 1, output_tokens=5)
 
 
-def write(path: Path, **options: Any) -> Path:
-    """Journal one run of the events above."""
-    core = SchedulerCore(make_policy(SPEC), SEED)
-    with JournalWriter(path, core, SPEC, SEED, **options) as journal:
-        for event in events():
+def write(
+    path: Path,
+    segment_events: int | None = None,
+    head: Segment = HEAD,
+    story: Iterable[Event] | None = None,
+) -> Path:
+    """Journal one run of the events above, or of a story."""
+    core = head.make_core()
+    rotated = core if segment_events else None
+    with JournalWriter(path, head, core=rotated, segment_events=segment_events) as journal:
+        for event in story or events():
             journal.record(event, core.handle(event))
     return path
 
@@ -141,7 +150,7 @@ class TestCodec:
 
 class TestCheckpoint:
     def test_a_restored_core_goes_on_as_the_original(self):
-        original = SchedulerCore(make_policy(SPEC), SEED)
+        original = HEAD.make_core()
         story = list(events())
         for event in story[:20]:
             original.handle(event)
@@ -176,9 +185,9 @@ class TestReplay:
             (dispatch,) = handled.actions
             return handled_line(handled.event, [replace(dispatch, replica_id="r9")]) + "\n"
 
-        edit(journal, 8, falsify)
+        edit(journal, 7, falsify)
         report = replay_journal(journal)
-        assert (report.line, report.equal) == (8, False)
+        assert (report.line, report.equal) == (7, False)
         assert report.to_dict()["difference"]["recorded"][0]["replica_id"] == "r9"
 
     def test_a_falsified_event_that_the_core_refuses_is_a_difference(self, journal: Path):
@@ -188,23 +197,51 @@ class TestReplay:
         assert "time went back" in str(report)
 
     def test_another_seed_is_noticed(self, journal: Path):
-        edit(journal, 1, lambda line: line.replace(f'"seed":{SEED}', '"seed":8'))
+        edit(journal, 1, lambda line: line.replace('"seed":7', '"seed":8'))
         assert not replay_journal(journal).equal
 
     def test_changed_limits_are_part_of_the_record(self, tmp_path: Path):
-        core = SchedulerCore(LeastLoaded())
-        path = tmp_path / "journal.jsonl"
         story = [ConfigChanged(0.0, Limits(max_queued=0)), Arrived(1.0, request())]
-        with JournalWriter(path, core, LeastLoaded) as journal:
-            for event in story:
-                journal.record(event, core.handle(event))
-        report = replay_journal(path)
+        head = Segment(LeastLoaded)
+        report = replay_journal(write(tmp_path / "journal.jsonl", head=head, story=story))
         assert (report.equal, report.actions) == (True, 1)
 
     def test_a_gz_journal_is_read_transparently(self, journal: Path):
         packed = journal.with_suffix(".jsonl.gz")
         packed.write_bytes(gzip.compress(journal.read_bytes()))
         assert replay_journal(packed).equal
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_a_simulated_runs_journal_replays_with_zero_differences(name: str, tmp_path: Path):
+    head = Segment(name, seed=3, limits=Limits(queue_timeout_s=5.0))
+    with JournalWriter(tmp_path / "journal.jsonl", head) as journal:
+        simulate(head, journal)
+    report = replay_journal(tmp_path / "journal.jsonl")
+    assert str(report.difference) == "None"
+    assert report.actions >= 200
+
+
+def simulate(head: Segment, journal: JournalWriter) -> None:
+    """Two hundred requests over three small simulated replicas."""
+    settings = SchedulerSettings(num_kv_blocks=300, max_num_seqs=8)
+    step_time = StepTime([DecodePoint(1, 0.01, 0.0)], 8, 0.01, 5e-5)
+    replicas = [ReplicaSpec(f"r{i}", "m", (f"gpu{i}",), settings, step_time) for i in range(3)]
+    arrivals = (
+        Request(
+            request(
+                id=f"q{i}", arrived_s=i / 8, prompt_tokens=50 * (i % 20 + 1), streamed=i % 2 > 0
+            ),
+            arrived_ns=i * 125_000_000,
+            prompt=((i, 50 * (i % 20 + 1)),),
+            output_tokens=1 + i % 50,
+        )
+        for i in range(200)
+    )
+    policy = make_policy(head.policy)
+    Simulation(
+        replicas, policy, arrivals, seed=head.seed, limits=head.limits, journal=journal
+    ).run()
 
 
 class TestWriter:
@@ -228,16 +265,20 @@ class TestWriter:
 
     def test_a_checkpoint_is_loaded_only_when_trusted(self, tmp_path: Path):
         write(tmp_path / "journal.jsonl", segment_events=30)
-        with pytest.raises(InputError, match="line 1: .*--trust"):
+        with pytest.raises(InputError, match=r"line 1: .*--trust"):
             replay_journal(tmp_path / "journal.1.jsonl")
 
     def test_an_unbuffered_line_is_on_disk_at_once(self, tmp_path: Path):
         path = tmp_path / "journal.jsonl"
-        core = SchedulerCore(LeastLoaded())
-        with JournalWriter(path, core, "least_loaded", buffered=False) as journal:
-            event = ReplicaChanged(0.0, "r0", "ready", model="m")
-            journal.record(event, core.handle(event))
+        with JournalWriter(path, Segment("least_loaded"), buffered=False) as journal:
+            journal.record(ReplicaChanged(0.0, "r0", "ready", model="m"), [])
             assert replay_journal(path).events == 1
+
+    def test_a_rotated_journal_opens_with_the_limits_of_the_moment(self, tmp_path: Path):
+        story = [ConfigChanged(0.0, Limits(max_queued=1)), Arrived(1.0, request())]
+        write(tmp_path / "journal.jsonl", segment_events=1, story=story)
+        opening = (tmp_path / "journal.1.jsonl").read_text().splitlines()[0]
+        assert parse_line(opening).limits == Limits(max_queued=1)
 
     def test_an_existing_file_is_not_overwritten(self, journal: Path):
         with pytest.raises(InputError, match=r"journal\.jsonl: exists already"):
@@ -277,7 +318,7 @@ class TestDamage:
 
     def test_an_unknown_policy_is_an_error_with_its_line(self, journal: Path):
         edit(journal, 1, lambda line: line.replace("power_of_two", "power_of_tow"))
-        with pytest.raises(InputError, match="line 1: unknown policy .* Did you mean"):
+        with pytest.raises(InputError, match=r"line 1: unknown policy .* Did you mean"):
             replay_journal(journal)
 
     def test_an_empty_file_is_an_error(self, tmp_path: Path):
@@ -296,8 +337,8 @@ class TestDamage:
             list(JournalReader(journal.rename(journal.with_suffix(".gz"))))
 
 
-class Forgetful(Policy):
-    """Not shipped: a policy given as a class is journaled by its place."""
+class Unshipped(Policy):
+    """A policy of the user's own."""
 
     def place(self, request: Any, view: Any) -> Dispatch:
         """Anywhere."""
@@ -305,5 +346,5 @@ class Forgetful(Policy):
 
 
 def test_a_policy_given_as_a_class_is_written_as_module_and_name():
-    line = segment_line(Segment(Forgetful, 0, Limits()))
-    assert json.loads(line)["segment"]["policy"] == f"{Forgetful.__module__}:Forgetful"
+    line = segment_line(Segment(Unshipped))
+    assert json.loads(line)["segment"]["policy"] == f"{Unshipped.__module__}:Unshipped"

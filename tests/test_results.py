@@ -1,5 +1,6 @@
 """Run directories: whole or not at all, equal to the byte, and free of the machine's traces."""
 
+import io
 import json
 import socket
 from datetime import UTC, datetime
@@ -8,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from tests.result_builders import Objectives, queue
 from viisim.errors import InputError
-from viisim.metrics import summarise
+from viisim.metrics import Summary, summarise
 from viisim.records import REQUEST_COLUMNS, SAMPLE_COLUMNS, SeedResult
+from viisim.report import number, summary_report
 from viisim.results import (
     compare_bytes,
     compare_manifests,
@@ -38,31 +41,37 @@ def files(folder: Path) -> list[str]:
     return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
 
 
-def test_a_run_directory_holds_tables_summary_manifest_and_plots(tmp_path: Path) -> None:
-    run = write(tmp_path / "run", plots=True)
-    assert [name for name in files(run) if not name.startswith("plots/")] == [
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with its plots."""
+    return write(tmp_path_factory.mktemp("drawn") / "run", plots=True)
+
+
+def test_a_run_directory_holds_tables_summary_manifest_and_plots(drawn: Path) -> None:
+    assert files(drawn) == [
         "manifest.json",
+        "plots/latency_cdf.png",
+        "plots/occupancy.png",
+        "plots/timeline.png",
         "replicas.parquet",
         "requests.parquet",
         "summary.json",
     ]
-    assert any(name.startswith("plots/") for name in files(run))
 
 
-def test_two_writes_are_equal_to_the_byte(tmp_path: Path) -> None:
-    one, other = write(tmp_path / "one", plots=True), write(tmp_path / "elsewhere", plots=True)
-    assert [(one / n).read_bytes() for n in files(one)] == [
-        (other / n).read_bytes() for n in files(other)
+def test_two_writes_are_equal_to_the_byte(drawn: Path, tmp_path: Path) -> None:
+    again = write(tmp_path / "elsewhere", plots=True)
+    assert [(drawn / name).read_bytes() for name in files(drawn)] == [
+        (again / name).read_bytes() for name in files(again)
     ]
-    assert compare_bytes(one, other) == []
+    assert compare_bytes(drawn, again) == []
 
 
-def test_no_file_names_a_folder_a_host_or_the_day(tmp_path: Path) -> None:
-    run = write(tmp_path / "run", plots=True)
-    content = b"".join((run / name).read_bytes() for name in files(run)).lower()
-    day = datetime.now(tz=UTC)
-    traces = [str(tmp_path), str(Path.cwd()), str(Path.home()), day.strftime("%Y-%m-%d")]
-    # A host may be called `x` or `localhost`; only a telling name can be looked for.
+def test_no_file_names_a_folder_a_host_or_the_day(drawn: Path) -> None:
+    content = b"".join((drawn / name).read_bytes() for name in files(drawn)).lower()
+    day = datetime.now(tz=UTC).strftime("%Y-%m-%d")
+    traces = [str(drawn.parent), str(Path.cwd()), str(Path.home()), day]
+    # A host may be called `x` or `run`; only a telling name can be looked for.
     traces += [name for name in [socket.gethostname()] if len(name) > 5]
     assert [trace for trace in traces if trace.lower().encode() in content] == []
 
@@ -105,13 +114,13 @@ def test_a_run_without_requests_can_be_stored(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path) -> None:
-    def fail() -> None:
+    def interrupted() -> None:
         with open_run(tmp_path / "runs" / "new") as run:
-            run.write({"config": {}, "seeds": []}, [], summarise([queue(0.8, 9)], Objectives(), 0))
+            run.write({"seeds": []}, [], summarise([queue(0.8, 9)], Objectives(), 0), False)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fail()
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -220,3 +229,50 @@ def test_a_run_of_another_format_is_refused(tmp_path: Path) -> None:
     (run / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(InputError, match="format 99, this viisim reads 1"):
         load_run(run)
+
+
+# -- the table for people --
+
+
+def printed(summary: Summary) -> str:
+    """What a terminal of 80 columns shows."""
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(summary_report(summary, "mm1"))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_table_fits_80_columns() -> None:
+    results = [queue(0.9, 500, seed) for seed in SEEDS]
+    for result in results:
+        result.requests["prompt_tokens"] *= 100
+    table = printed(summarise(results, Objectives(ttft_s=1.0, tpot_s=0.1, e2e_s=9.0), 0.1))
+    assert max(len(line) for line in table.splitlines()) <= 80
+    assert "…" not in table
+
+
+def test_the_table_gives_means_with_their_interval() -> None:
+    summary = summarise([queue(0.8, 300, seed) for seed in SEEDS], Objectives(), 0.1)
+    summary["latencies"]["e2e_s"]["mean"] = {"mean": 2.0, "half_width": 0.25, "seeds": 2}
+    summary["latencies"]["e2e_s"]["p90"]["mean"] = 4.0
+    (line,) = [line for line in printed(summary).splitlines() if "end to end" in line]
+    assert line.split("end to end")[1].split()[:3] == ["2.00", "±", "0.25"]
+
+
+def test_the_table_warns_of_what_would_mislead() -> None:
+    summary = summarise([queue(2.0, 2000)], Objectives(ttft_s=1.0), 0.1)
+    summary["outcomes"] |= {"refused": 7, "unfinished": 3}
+    summary["seeds"][0]["values"] |= {"engine_steps": 200, "extrapolated_steps": 5}
+    text = " ".join(printed(summary).split())
+    assert "SATURATED in 1 of 1 seeds" in text
+    assert "7 of 2,010 requests refused (prompt too long for the model)" in text
+    assert "3 of 2,010 requests unfinished" in text
+    assert "5 of 200 engine steps (2.5 %)" in text
+    assert "SLO: TTFT 1 s." in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0"), (0.000123, "0.000123"), (1.5, "1.50"), (99.96, "100"), (1234.5, "1,234")],
+)
+def test_numbers_have_three_significant_digits(value: float, shown: str) -> None:
+    assert number(value) == shown

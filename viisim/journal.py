@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -30,7 +30,7 @@ from policies.journal import (
     parse_line,
     segment_line,
 )
-from policies.registry import PolicySpec, PolicySpecError
+from policies.registry import PolicySpecError
 from viisim.errors import InputError
 
 # -- writing --
@@ -39,43 +39,46 @@ from viisim.errors import InputError
 class JournalWriter:
     """Writes what a driver's core handled; use it as a context manager.
 
-    Made before the core's first event; `policy` and `seed` are what the core was made from.
-    After `segment_events` events (None: never) the file is closed and the next one opens with a
-    checkpoint: `journal.jsonl`, `journal.1.jsonl`, `journal.2.jsonl`, and so on. `buffered`
-    False hands every line to the system at once, so that a crash of the process loses none.
+    `head` says what the core was made from; `head.make_core()` makes one that fits. With `core`,
+    the journal is rotated after every `segment_events` events: the next file opens with a
+    checkpoint of the core, and the files are called `journal.jsonl`, `journal.1.jsonl`,
+    `journal.2.jsonl`, and so on. `buffered` False hands every line to the system at once, so
+    that a crash of the process loses none.
 
-    Raises InputError when a file exists already or cannot be written.
+    Raises InputError when a file exists already or cannot be written, PolicyError when the
+    policy cannot be pickled for a checkpoint.
     """
 
     def __init__(
         self,
         path: Path | str,
-        core: SchedulerCore,
-        policy: PolicySpec,
-        seed: int = 0,
+        head: Segment,
         *,
+        core: SchedulerCore | None = None,
         segment_events: int | None = None,
         buffered: bool = True,
     ) -> None:
         self.path = Path(path)
         if self.path.suffix == ".gz":
             raise InputError(f"{path}: journals are written plain: drop .gz, compress afterwards")
+        if (core is None) != (segment_events is None):
+            raise TypeError("rotation needs both the core and segment_events")
+        self._head = head
         self._core = core
-        self._policy = policy
-        self._seed = seed
         self._segment_events = segment_events
         self._buffered = buffered
         self._segments = 0
         self._events = 0
-        self._open_segment(None)
+        self._open_segment(head)
 
     def record(self, event: Event, actions: Sequence[Action]) -> None:
         """Note one event that the core has just handled, and the actions it returned."""
         self._write(handled_line(event, actions))
         self._events += 1
-        if self._events == self._segment_events:
+        if self._core is not None and self._events == self._segment_events:
+            state = checkpoint(self._core)
             self.close()
-            self._open_segment(checkpoint(self._core))
+            self._open_segment(replace(self._head, limits=self._core.limits, checkpoint=state))
 
     def close(self) -> None:
         """Write out what is buffered. Closing twice is harmless."""
@@ -95,13 +98,9 @@ class JournalWriter:
     ) -> None:
         self.close()
 
-    def _open_segment(self, state: str | None) -> None:
-        if self._segments:
-            first = self.path
-            number = f".{self._segments}{first.suffix}"
-            self._current = first.with_name(first.stem + number)
-        else:
-            self._current = self.path
+    def _open_segment(self, head: Segment) -> None:
+        number = f".{self._segments}" if self._segments else ""
+        self._current = self.path.with_name(f"{self.path.stem}{number}{self.path.suffix}")
         self._segments += 1
         self._events = 0
         try:
@@ -114,7 +113,7 @@ class JournalWriter:
             ) from error
         except OSError as error:
             raise self._unwritable(error) from error
-        self._write(segment_line(Segment(self._policy, self._seed, self._core.limits, state)))
+        self._write(segment_line(head))
 
     def _write(self, line: str) -> None:
         try:

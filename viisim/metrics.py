@@ -331,8 +331,6 @@ def latencies(requests: Columns) -> dict[str, NDArray[np.float64]]:
         "tpot_s": decode_s / (requests["output_tokens"][several] - 1),
         "e2e_s": seconds("arrived", "finished", finished),
         "hold_s": seconds("arrived", "dispatched", finished),
-        "preemptions": "sequences that lost their blocks and were recomputed, whole run",
-        "prefix_hit_rate": "share of the prompt tokens looked up that were cached, whole run",
         "queue_s": seconds("dispatched", "started", finished),
     }
 

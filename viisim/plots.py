@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from viisim.metrics import latencies, warmup_requests
@@ -180,7 +180,10 @@ def _draw_cdf(axes: Axes, title: str, curves: list[_Curve], slo_s: float | None)
     axes.set_title(f"p50 {_seconds(p50)}, p99 {_seconds(p99)}", loc="right", fontsize=8)
     # From the fastest 0.2 % on: fewer would stretch the axis over empty decades.
     shown = [least, most] if slo_s is None else [least, most, slo_s]
-    axes.set_xlim(min(shown) / 1.2, max(shown) * 1.2)
+    low, high = min(shown) / 1.2, max(shown) * 1.2
+    axes.set_xlim(low, high)
+    if high < 200 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 # --------------------------------------------------------------------------------------
@@ -199,13 +202,8 @@ def occupancy(run: LoadedRun) -> Figure:
             _draw_band(kv, series.times, series.kv_percent, BLUE)
             _draw_band(queue, series.times, series.waiting, ORANGE)
             kv.set_ylabel(name, rotation=0, horizontalalignment="right", fontweight="bold")
-        for axes in grid[:, 0]:
-            axes.set_ylim(0, 104)
-            axes.set_yticks([0, 50, 100])
-        most = max((series.waiting.max(initial=0) for series in replicas.values()), default=0)
-        for axes in grid[:, 1]:
-            axes.set_ylim(0, max(1.05 * most, 4))
-            axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        _share_height(grid[:, 0], [series.kv_percent for series in replicas.values()], 10)
+        _share_height(grid[:, 1], [series.waiting for series in replicas.values()], 4)
         grid[0, 0].set_title("KV blocks in use (%)")
         grid[0, 1].set_title("sequences waiting in the engine (count)")
         for axes in grid[-1]:
@@ -286,6 +284,14 @@ def _draw_band(axes: Axes, times: NDArray[Any], values: NDArray[Any], color: str
     axes.plot(at, mean, color=color, linewidth=1.0, drawstyle="steps-post")
     axes.fill_between(at, 0, mean, color=color, alpha=0.12, linewidth=0, step="post")
     axes.margins(x=0)
+
+
+def _share_height(column: NDArray[Any], values: list[NDArray[Any]], least: float) -> None:
+    """Axes from 0 to the largest of all values, or to `least` where all are small."""
+    most = max(float(one.max(initial=0)) for one in values)
+    for axes in column:
+        axes.set_ylim(0, max(1.05 * most, least))
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
 
 
 def _draw_lane(axes: Axes, name: str, series: _Series) -> None:

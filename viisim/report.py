@@ -26,7 +26,7 @@ VALUES = {
     "throughput_output_tokens_per_s": ("output", "tokens/s", 1),
     "throughput_total_tokens_per_s": ("prompt and output", "tokens/s", 1),
     "goodput_requests_per_s": ("goodput under the SLO", "requests/s", 1),
-    "slo_attainment": ("requests that met the SLO", "%", 100),
+    "slo_attainment": ("met every SLO", "% of requests", 100),
     "prefix_hit_rate": ("prefix hits", "% of tokens", 100),
     "kv_use_mean": ("KV blocks in use, mean", "%", 100),
     "kv_use_max": ("KV blocks in use, most", "%", 100),

@@ -245,7 +245,7 @@ class Simulation:
         Call(self._env, now_ns + self._delay_ns, DELIVERY, deliver)
         Call(self._env, now_ns + self._scrape_ns, SCRAPE, self._scrape)
 
-    def _on_steps(self, replica: Replica, ended: list[EngineSequence], now_ns: int) -> None:
+    def _on_steps(self, replica: Replica, ended: Iterable[EngineSequence], now_ns: int) -> None:
         """A replica's step has ended: tell the core what a driver would see."""
         now_s = now_ns / NS_PER_S
         engine = replica.engine

@@ -82,16 +82,17 @@ class Node:
 
 
 class Run:
-    """Consecutive blocks of one holder: the first `blocks` contents of `node`, or private."""
+    """Consecutive blocks of one holder: the first `blocks` contents of `node`. Blocks beyond
+    those of the node, or without a node, are private: nobody can look them up."""
 
     __slots__ = ("blocks", "halves", "node", "release", "users")
 
-    def __init__(self, node: Node | None, blocks: int, users: int, release: int) -> None:
+    def __init__(self, node: Node | None, blocks: int, users: int, release: int = 0) -> None:
         self.node = node
         self.blocks = blocks
         self.users = users
         self.release = release
-        """Its entry in the free queue; -1 while used."""
+        """Its entry in the free queue; meaningless while used."""
         self.halves: tuple[Run, Run] | None = None
         """Set when the run was split: its holders then hold both halves."""
 
@@ -139,8 +140,8 @@ class BlockPool:
         self.block_tokens = block_tokens
         self.caching = caching
         self.free_blocks = usable_blocks
-        self.cached_blocks = 0
-        """Those of the free blocks that still carry content."""
+        self.blank_blocks = usable_blocks
+        """Those of the free blocks that carry no content."""
         self.contents = 0
         """Distinct block contents in the cache, used or not."""
         self.root = Node(None, (), 0)
@@ -155,12 +156,12 @@ class BlockPool:
 
     def take(self, blocks: int) -> None:
         """Take blocks from the front of the free queue; content in the way is evicted (R9)."""
-        blank = self.free_blocks - self.cached_blocks
         self.free_blocks -= blocks
-        if blocks > blank:
-            evicted = blocks - blank
-            self.cached_blocks -= evicted
-            self._debt += evicted
+        if blocks <= self.blank_blocks:
+            self.blank_blocks -= blocks
+        else:
+            self._debt += blocks - self.blank_blocks
+            self.blank_blocks = 0
             if self._debt > self._most_debt:
                 self.settle()
 
@@ -170,30 +171,28 @@ class BlockPool:
         `private_blocks`: full blocks behind the keyed ones whose content nobody can look up
         again; they queue as cached blocks do, but need no place in the tree.
         """
-        freed: list[Run] = []
+        blank = sequence.blocks - sequence.keyed_blocks - private_blocks
+        freed = []
+        cached = private_blocks
         for held in sequence.runs:
-            if held.halves is None:
-                held.users -= 1
-                if not held.users:
-                    freed.append(held)
-            else:
-                for run in held.leaves():
-                    run.users -= 1
-                    if not run.users:
-                        freed.append(run)
+            for run in (held,) if held.halves is None else held.leaves():
+                run.users -= 1
+                if not run.users:
+                    freed.append(run)
+                    cached += run.blocks
         if private_blocks:
             self.contents += private_blocks
-            freed.append(Run(None, private_blocks, 0, -1))
-        cached = 0
+            if freed and freed[-1] is sequence.runs[-1]:
+                freed[-1].blocks += private_blocks
+            else:
+                freed.append(Run(None, private_blocks, 0))
         if freed:
             entry = self._next_release = self._next_release + 1
             self._releases[entry] = freed
             for run in freed:
                 run.release = entry
-                cached += run.blocks
-        blank = sequence.blocks - sequence.keyed_blocks - private_blocks
+        self.blank_blocks += blank
         self.free_blocks += blank + cached
-        self.cached_blocks += cached
         sequence.runs = []
         sequence.blocks = sequence.keyed_blocks = 0
         sequence.tail = None
@@ -203,27 +202,26 @@ class BlockPool:
         debt, self._debt = self._debt, 0
         releases = self._releases
         while debt:
-            entry = next(iter(releases))
-            runs = releases[entry]
-            run = runs[-1]
-            taken = run.blocks if run.blocks < debt else debt
-            debt -= taken
-            node = run.node
-            if node is None or len(node.runs) == 1:
-                self.contents -= taken
-            else:
-                others = max(other.blocks for other in node.runs if other is not run)
-                self.contents -= min(taken, max(0, run.blocks - others))
-            run.blocks -= taken
-            if run.blocks:
-                continue
-            runs.pop()
+            entry, runs = next(iter(releases.items()))
+            while debt and runs:
+                run = runs[-1]
+                taken = run.blocks if run.blocks < debt else debt
+                debt -= taken
+                node = run.node
+                if node is None or len(node.runs) == 1:
+                    self.contents -= taken
+                else:
+                    others = max(other.blocks for other in node.runs if other is not run)
+                    self.contents -= min(taken, max(0, run.blocks - others))
+                run.blocks -= taken
+                if not run.blocks:
+                    runs.pop()
+                    if node is not None:
+                        node.runs.remove(run)
+                        if not node.runs and not node.children:
+                            self._prune(node)
             if not runs:
                 del releases[entry]
-            if node is not None:
-                node.runs.remove(run)
-                if not node.runs and not node.children:
-                    self._prune(node)
 
     def _prune(self, node: Node) -> None:
         """Remove a node that holds nothing, and ancestors that existed only for it."""
@@ -297,15 +295,23 @@ class BlockPool:
 
     def _use(self, run: Run, sequence: Sequence) -> None:
         if not run.users:
-            runs = self._releases[run.release]
+            self._leave_queue(run)
+            self.free_blocks -= run.blocks
+        run.users += 1
+        sequence.runs.append(run)
+
+    def _leave_queue(self, run: Run) -> None:
+        """Take a run that is wanted again out of the free queue; its private blocks stay."""
+        runs = self._releases[run.release]
+        assert run.node is not None, "private runs are never wanted again"
+        private = run.blocks - run.node.blocks
+        if private:
+            run.blocks -= private
+            runs[runs.index(run)] = Run(None, private, 0, run.release)
+        else:
             runs.remove(run)
             if not runs:
                 del self._releases[run.release]
-            run.release = -1
-            self.free_blocks -= run.blocks
-            self.cached_blocks -= run.blocks
-        run.users += 1
-        sequence.runs.append(run)
 
     # -- registering --
 
@@ -330,8 +336,8 @@ class BlockPool:
                     if count < child.blocks:
                         child = self._split(child, count)
                     covered = max((run.blocks for run in child.runs), default=0)
-                    self.contents += child.blocks - covered
-                run = Run(child, child.blocks, 1, -1)
+                    self.contents += max(child.blocks - covered, 0)
+                run = Run(child, child.blocks, 1)
                 child.runs.append(run)
                 sequence.runs.append(run)
                 count -= child.blocks

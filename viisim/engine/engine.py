@@ -12,6 +12,7 @@ Inside, time is in integer picoseconds; a step ends, for the kernel, at the next
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import isqrt
 
 from viisim.engine.scheduler import Batch, Scheduler, SchedulerSettings
@@ -46,19 +47,16 @@ class Engine:
         self._async = settings.async_scheduling
         self._clock_ps = 0
         """When the last batch ended."""
-        self._running: Batch | None = None
-        """The batch being computed: the head of the train."""
-        self._next: Batch | None = None
-        """Asynchronous only: the batch scheduled behind it."""
+        self._head: Batch | None = None
+        """The batch that the train begins with; None when it has decode steps only."""
+        self._following: Batch | None = None
+        """Asynchronous only: the batch scheduled behind the head."""
         self._head_ps = 0
         self._train = 0
-        """Steps until the next event, the head included."""
-        self._step_ps = 0
-        """Duration of the train's second step."""
-        self._growth_ps = 0
-        """By how much each step behind it is longer than the one before."""
-        self._context_tokens = 0
-        """Tokens that the train's second step attends to."""
+        """Steps until the next event, the head included; 0: the engine is idle."""
+        self._decodes = (0, 0, 0, 0)
+        """The steps behind the head: sequences, tokens they attend to in the first of these
+        steps, its duration (ps), and by how much each further one is longer (ps)."""
         self._aborts: list[Sequence] = []
 
     # -- for the kernel --
@@ -69,7 +67,8 @@ class Engine:
         `step_ended`: a step that ends at this very nanosecond counts as over.
         """
         may_matter = self.scheduler.add(sequence)
-        if self._running is None:
+        if not self._train:
+            self._clock_ps = max(self._clock_ps, now_ns * PS_PER_NS)
             return self._begin(now_ns)
         return self._cut(now_ns, step_ended) if may_matter and self._train > 1 else None
 
@@ -79,34 +78,34 @@ class Engine:
         self._aborts.append(sequence)
         return self._cut(now_ns, step_ended) if self._train > 1 else None
 
-    def finish(self, now_ns: int) -> tuple[list[Sequence], int | None]:
+    def finish(self, now_ns: int) -> tuple[Collection[Sequence], int | None]:
         """The train has run: take its output and start the next one. Returns who ended, and the
         time of the next event, None when there is no work left."""
-        head, following, decode_steps = self._running, self._next, self._train - 1
-        assert head is not None, "what finishes was running"
-        scheduler = self.scheduler
-        head_ps = self._head_ps
-        self._clock_ps += head_ps
-        log = self.log.rows
-        decodes = head.decodes
-        late = len(head.late)
-        log.append((decodes, late, head.context_tokens, head.prefill_tokens, head_ps, 0, 1))
-        if head.firsts or late or self.first_tokens:
-            self._take_tokens(head)
-        if decode_steps:
-            step_ps, growth_ps, members = self._step_ps, self._growth_ps, scheduler.members
-            context_tokens = self._context_tokens
-            log.append((members, 0, context_tokens, 0, step_ps, growth_ps, decode_steps))
-            self._clock_ps += (
-                decode_steps * step_ps + decode_steps * (decode_steps - 1) // 2 * growth_ps
+        scheduler, log = self.scheduler, self.log.rows
+        head, following, steps = self._head, self._following, self._train
+        lasts: Collection[Sequence] = ()
+        if head is not None:
+            steps -= 1
+            head_ps = self._head_ps
+            late = len(head.late)
+            self._clock_ps += head_ps
+            log.append(
+                (head.decodes, late, head.context_tokens, head.prefill_tokens, head_ps, 0, 1)
             )
+            if head.firsts or late or self.first_tokens:
+                self._take_tokens(head)
+            lasts = head.lasts
+        if steps:
+            members, context_tokens, step_ps, growth_ps = self._decodes
+            log.append((members, 0, context_tokens, 0, step_ps, growth_ps, steps))
+            self._clock_ps += steps * step_ps + steps * (steps - 1) // 2 * growth_ps
             if following is None:
-                scheduler.advance(head, decode_steps)
+                lasts = scheduler.advance(steps)
             else:  # asynchronous: the last step scheduled starts to run now
-                scheduler.advance(following, decode_steps)
-                following.context_tokens += decode_steps * members
-        ended = scheduler.update(head) if head.lasts else []
-        self._running, self._next, self._train = following, None, 0
+                following.lasts = scheduler.advance(steps)
+                following.context_tokens += steps * members
+        ended = scheduler.update(lasts) if lasts else lasts
+        self._head, self._following, self._train = following, None, 0
         if self._aborts or self.aborted:
             self._take_aborts()
         return ended, self._begin(now_ns)
@@ -115,34 +114,49 @@ class Engine:
         """Running, waiting, and KV blocks in use, as a scrape at this moment would read."""
         scheduler = self.scheduler
         used = scheduler.settings.usable_blocks - scheduler.pool.free_blocks
-        if self._train > 1:
-            used += scheduler.blocks_for(self._steps_over(now_ns, step_ended=False))
+        if self._train:
+            # The blocks of the head were taken when it was formed, those of decode steps were
+            # not: the step in progress has taken its own.
+            over = self._steps_over(now_ns, step_ended=False)
+            used += scheduler.blocks_for(over if self._head is not None else over + 1)
         return len(scheduler.running), len(scheduler.waiting), used
 
     # -- starting --
 
     def _begin(self, now_ns: int) -> int | None:
         """Start the next train; returns when it ends, None when there is nothing to compute."""
+        if self._async:
+            return self._begin_ahead(now_ns)
         scheduler = self.scheduler
-        head = self._running
+        steps = scheduler.decode_steps()
+        if steps:
+            self._follow(steps if self.coalesce else 1, scheduler.decode_context_tokens)
+            return self._end_ns()
+        head = self._head = self._schedule(now_ns)
         if head is None:
-            self._clock_ps = max(self._clock_ps, now_ns * PS_PER_NS)
-            head = self._running = self._schedule(now_ns)
+            return None
+        self._lead(head)
+        if self._may_couple(head):
+            self._follow(scheduler.steps_after(head), scheduler.decode_context_tokens)
+        return self._end_ns()
+
+    def _begin_ahead(self, now_ns: int) -> int | None:
+        """The same for asynchronous scheduling: the batch behind the head is formed now."""
+        head = self._head
+        if head is None:
+            head = self._head = self._schedule(now_ns)
             if head is None:
                 return None
-        self._head_ps = self.step_time.step_ps(
-            head.decodes, head.context_tokens, head.prefill_tokens, head.prefill_pairs
-        )
-        self._train = 1
-        alone = not self.coalesce or (self.reports_first_tokens and head.firsts)
-        if not self._async:
-            if not alone:
-                self._couple(scheduler.steps_to_come(head))
-            return self._end_ns()
-        following = self._next = self._schedule(now_ns)
-        if following is not None and not (alone or head.lasts or following.prefills):
-            self._couple(scheduler.steps_to_come(following))
+        self._lead(head)
+        following = self._following = self._schedule(now_ns)
+        if following is not None and self._may_couple(head):
+            if not (head.lasts or following.prefills):
+                self._follow(self.scheduler.steps_after(following), following.context_tokens)
         return self._end_ns()
+
+    def _may_couple(self, head: Batch) -> bool:
+        """Whether decode steps may follow the head in one train."""
+        return self.coalesce and not (self.reports_first_tokens and head.firsts)
 
     def _schedule(self, now_ns: int) -> Batch | None:
         """Form a batch; None when nothing can be computed now."""
@@ -163,21 +177,21 @@ class Engine:
             assert batch.preempted, "requests wait for ever: they do not fit the cache"
         return None
 
-    def _couple(self, decode_steps: int) -> None:
-        """Let that many decode steps of the group follow the head in one train."""
-        if not decode_steps:
-            return
-        scheduler, step_time = self.scheduler, self.step_time
-        members = scheduler.members
-        if self._next is None:
-            context_tokens = scheduler.offsets + members * scheduler.clock
-        else:
-            context_tokens = self._next.context_tokens
-        slope_ps = step_time.slope_ps[members]
-        self._context_tokens = context_tokens
-        self._step_ps = step_time.base_ps[members] + slope_ps * context_tokens
-        self._growth_ps = slope_ps * members
-        self._train += decode_steps
+    def _lead(self, head: Batch) -> None:
+        """The head starts now, alone so far."""
+        self._train = 1
+        self._head_ps = self.step_time.step_ps(
+            head.decodes, head.context_tokens, head.prefill_tokens, head.prefill_pairs
+        )
+
+    def _follow(self, steps: int, context_tokens: int) -> None:
+        """Let that many decode steps of the group, or none, run behind the head."""
+        if steps:
+            members = self.scheduler.members
+            slope_ps = self.step_time.slope_ps[members]
+            step_ps = self.step_time.base_ps[members] + slope_ps * context_tokens
+            self._decodes = (members, context_tokens, step_ps, slope_ps * members)
+            self._train += steps
 
     # -- what steps yield --
 
@@ -208,7 +222,7 @@ class Engine:
     def _note_missed_tokens(self, batch: Batch) -> None:
         """Remember when those who get no token now got their last one."""
         last_token_ps = self._clock_ps
-        if self._running is not None:
+        if self._train:  # asynchronous: those of the head are on the way
             last_token_ps += self._head_ps
         given = batch.literal or {}
         for sequence in (*self.scheduler.running, *batch.preempted):
@@ -225,10 +239,13 @@ class Engine:
 
     def _end_ns(self) -> int:
         """When the train ends."""
-        end_ps = self._clock_ps + self._head_ps
-        steps = self._train - 1
+        end_ps, steps = self._clock_ps, self._train
+        if self._head is not None:
+            end_ps += self._head_ps
+            steps -= 1
         if steps:
-            end_ps += steps * self._step_ps + steps * (steps - 1) // 2 * self._growth_ps
+            _, _, step_ps, growth_ps = self._decodes
+            end_ps += steps * step_ps + steps * (steps - 1) // 2 * growth_ps
         return -(-end_ps // PS_PER_NS)
 
     def _cut(self, now_ns: int, step_ended: bool) -> int | None:
@@ -244,14 +261,17 @@ class Engine:
         last one is still to come."""
         # Steps whose end, rounded up to a nanosecond, is before now (or at now, if it counts).
         left_ps = (now_ns if step_ended else now_ns - 1) * PS_PER_NS - self._clock_ps
-        left_ps -= self._head_ps
-        if left_ps < 0:
+        heads = 0
+        if self._head is not None:
+            heads = 1
+            left_ps -= self._head_ps
+        if left_ps < 0 or self._train == heads:
             return 0
-        growth = self._growth_ps
-        if growth:
+        _, _, step_ps, growth_ps = self._decodes
+        if growth_ps:
             # The largest s with s * step + s (s - 1) / 2 * growth <= left.
-            linear = 2 * self._step_ps - growth
-            steps = (isqrt(linear * linear + 8 * growth * left_ps) - linear) // (2 * growth)
+            linear = 2 * step_ps - growth_ps
+            steps = (isqrt(linear * linear + 8 * growth_ps * left_ps) - linear) // (2 * growth_ps)
         else:
-            steps = left_ps // self._step_ps
-        return int(min(steps + 1, self._train - 1))
+            steps = left_ps // step_ps
+        return min(heads + steps, self._train - 1)

@@ -8,7 +8,7 @@ train of many steps answers as the single steps would.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import simpy
 
@@ -70,7 +70,7 @@ class Replica:
         index: int,
         replica_id: str,
         engine: Engine,
-        on_steps: Callable[[Replica, list[Sequence], int], None],
+        on_steps: Callable[[Replica, Collection[Sequence], int], None],
     ) -> None:
         self.index = index
         self.id = replica_id

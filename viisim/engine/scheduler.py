@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from viisim.engine.blocks import BlockPool, Match, Node
@@ -67,46 +67,31 @@ class SchedulerSettings:
 
 
 class Batch:
-    """What one engine step computes."""
+    """What one engine step computes. Class attributes are the defaults; most stay."""
 
-    __slots__ = (
-        "admitted",
-        "context_tokens",
-        "decodes",
-        "firsts",
-        "lasts",
-        "late",
-        "literal",
-        "preempted",
-        "prefill_pairs",
-        "prefill_tokens",
-        "prefills",
-    )
-
-    def __init__(self) -> None:
-        self.decodes = 0
-        """Decoding sequences in the step."""
-        self.context_tokens = 0
-        """Tokens those attend to in the (first) step, the new ones included."""
-        self.prefills: list[tuple[Sequence, int]] = []
-        """(sequence, tokens) of prompts, or parts of them, computed in the step."""
-        self.admitted: list[Sequence] = []
-        self.preempted: list[Sequence] = []
-        self.firsts: list[Sequence] = []
-        """Prefills that this step completes: they emit a token."""
-        self.lasts: list[Sequence] = []
-        """Sequences that end with this step's output."""
-        self.late: list[Sequence] = []
-        """Decoding sequences in the step that had missed a step before."""
-        self.literal: dict[Sequence, int] | None = None
-        """Tokens by sequence when the step was formed literally."""
-        self.prefill_tokens = 0
-        self.prefill_pairs = 0
-        """(token, attended token) pairs of the prefills."""
+    decodes = 0
+    """Decoding sequences in the step."""
+    context_tokens = 0
+    """Tokens those attend to, the new ones included."""
+    prefills: tuple[tuple[Sequence, int], ...] = ()
+    """(sequence, tokens) of prompts, or parts of them, computed in the step."""
+    prefill_tokens = 0
+    prefill_pairs = 0
+    """(token, attended token) pairs of the prefills."""
+    admitted: tuple[Sequence, ...] = ()
+    preempted: tuple[Sequence, ...] = ()
+    firsts: tuple[Sequence, ...] = ()
+    """Prefills that this step completes: they emit a token."""
+    lasts: tuple[Sequence, ...] = ()
+    """Sequences that end with this step's output."""
+    late: tuple[Sequence, ...] = ()
+    """Decoding sequences in the step that had missed a step before."""
+    literal: dict[Sequence, int] | None = None
+    """Tokens by sequence when the step was formed literally."""
 
     def add_prefill(self, sequence: Sequence, tokens: int) -> None:
         """The step computes the `tokens` tokens up to `sequence.computed`."""
-        self.prefills.append((sequence, tokens))
+        self.prefills += ((sequence, tokens),)
         self.prefill_tokens += tokens
         self.prefill_pairs += (sequence.computed - tokens) * tokens + tokens * (tokens + 1) // 2
 
@@ -133,6 +118,8 @@ class Scheduler:
         self.preemptions = 0
         self.queried_tokens = 0
         self.hit_tokens = 0
+        self._block_tokens = settings.block_tokens
+        self._max_tokens = settings.max_num_batched_tokens
         self._lag_tokens = 2 if settings.async_scheduling else 1
         self._admissions = 0
         self._prefilling: list[Sequence] = []
@@ -188,21 +175,22 @@ class Scheduler:
         if budget < 0:
             budget = self._run_literally(batch)
         self._head_may_fit = False
-        if not batch.preempted and self.waiting.items:
+        if self.waiting.items and not batch.preempted:
             self._admit(batch, budget)
         return batch
 
-    def update(self, batch: Batch) -> list[Sequence]:
-        """Take the batch's output; returns the sequences that ended, blocks released (R15)."""
+    def update(self, lasts: Iterable[Sequence]) -> list[Sequence]:
+        """Take a batch's output, given its `lasts`; returns the sequences that ended, blocks
+        released (R15)."""
         ended = []
-        for sequence in batch.lasts:
-            if sequence.state == DONE:
-                continue
-            if sequence.state == WAITING:  # preempted while its last token was on the way
-                self.waiting.remove(sequence)
-            else:
+        for sequence in lasts:
+            if sequence.state == ENDING:
                 del self.running[sequence]
                 self._release(sequence, sequence.tokens - 1)
+            elif sequence.state == WAITING:  # preempted while its last token was on the way
+                self.waiting.remove(sequence)
+            else:
+                continue
             sequence.state = DONE
             ended.append(sequence)
         return ended
@@ -214,7 +202,7 @@ class Scheduler:
             self._key(sequence, known_tokens)
             self.pool.release(sequence)
         else:
-            full = min(known_tokens, sequence.computed) // self.settings.block_tokens
+            full = min(known_tokens, sequence.computed) // self._block_tokens
             self.pool.release(sequence, max(full - sequence.keyed_blocks, 0))
 
     # -- running sequences, as a group --
@@ -222,13 +210,10 @@ class Scheduler:
     def _run_group(self, batch: Batch) -> int:
         """Give every running sequence its tokens; returns the budget left, or -1, and nothing
         done, when budget or blocks may not suffice for all."""
-        settings = self.settings
-        pool = self.pool
         members = self.members
-        budget = settings.max_num_batched_tokens - members
-        needed = self._residues[-self.clock % settings.block_tokens] if members else 0
+        budget = self._max_tokens - members
+        needed = self._residues[-self.clock % self._block_tokens] if members else 0
         prefilling = self._prefilling
-        chunk = 0
         if prefilling:
             sequence = prefilling[0]
             if len(prefilling) > 1 or sequence.order != self._admissions:
@@ -236,8 +221,9 @@ class Scheduler:
             chunk = min(sequence.tokens - sequence.computed, self._prefill_cap(), budget)
             if chunk <= 0:
                 return -1
-            end = sequence.computed + chunk
-            needed += -(-end // settings.block_tokens) - sequence.blocks
+            blocks = -(-(sequence.computed + chunk) // self._block_tokens)
+            needed += blocks - sequence.blocks
+        pool = self.pool
         if budget < 0 or needed > pool.free_blocks:
             return -1
         if needed:
@@ -247,32 +233,35 @@ class Scheduler:
             batch.context_tokens = self.offsets + members * self.clock
             self.clock += 1
             if self._ends[0][0] <= self.clock:
-                self._collect_ends(batch)
+                batch.lasts = self._pop_ends()
         if prefilling:
-            sequence.blocks = -(-end // settings.block_tokens)
+            sequence.blocks = blocks
             self._prefill(batch, sequence, chunk)
             budget -= chunk
         return budget
 
-    def _collect_ends(self, batch: Batch) -> None:
-        """Members whose last token this step computes leave the group."""
+    def _pop_ends(self) -> tuple[Sequence, ...]:
+        """Members whose last token is scheduled now leave the group."""
         ends = self._ends
         clock = self.clock
+        lasts: tuple[Sequence, ...] = ()
         while ends and ends[0][0] <= clock:
             finish_clock, _, sequence = heapq.heappop(ends)
             if sequence.state == DECODING and sequence.finish_clock == finish_clock:
                 self._leave_group(sequence)
-                self._end_with(batch, sequence)
+                sequence.state = ENDING
+                lasts += (sequence,)
+        return lasts
 
     def _end_with(self, batch: Batch, sequence: Sequence) -> None:
         sequence.state = ENDING
-        batch.lasts.append(sequence)
+        batch.lasts += (sequence,)
 
     def _prefill(self, batch: Batch, sequence: Sequence, tokens: int) -> None:
         """Schedule a prefill, or a chunk of one; blocks have been taken."""
         sequence.computed += tokens
         batch.add_prefill(sequence, tokens)
-        self.pool.register(sequence, sequence.computed // self.settings.block_tokens)
+        self.pool.register(sequence, sequence.computed // self._block_tokens)
         if sequence.computed == sequence.tokens:
             self._emit(batch, sequence)
 
@@ -281,7 +270,7 @@ class Scheduler:
         if sequence.state == PREFILL:
             self._prefilling.remove(sequence)
         sequence.tokens += 1
-        batch.firsts.append(sequence)
+        batch.firsts += (sequence,)
         if sequence.tokens >= sequence.end_tokens:
             self._end_with(batch, sequence)
         else:
@@ -309,7 +298,7 @@ class Scheduler:
         self.members += 1
         self.offsets += offset
         # A member needs a block in the step that computes its token number k * block + 1.
-        self._residues[(offset - 1) % self.settings.block_tokens] += 1
+        self._residues[(offset - 1) % self._block_tokens] += 1
         sequence.finish_clock = sequence.end_tokens - offset
         heapq.heappush(self._ends, (sequence.finish_clock, sequence.order, sequence))
         if sequence.shareable:
@@ -320,11 +309,11 @@ class Scheduler:
         offset = sequence.offset
         sequence.tokens = offset + self.clock
         sequence.computed = sequence.tokens - 1
-        sequence.blocks = -(-sequence.computed // self.settings.block_tokens)
+        sequence.blocks = -(-sequence.computed // self._block_tokens)
         sequence.state = LOOSE
         self.members -= 1
         self.offsets -= offset
-        self._residues[(offset - 1) % self.settings.block_tokens] -= 1
+        self._residues[(offset - 1) % self._block_tokens] -= 1
         if sequence.shareable:
             self._key_growing(sequence.tail or self.pool.root)
             self._growing_at(sequence).remove(sequence)
@@ -338,7 +327,7 @@ class Scheduler:
 
     def _key(self, sequence: Sequence, tokens: int) -> None:
         """Key the blocks that `tokens` tokens fill (no prefill is keyed beyond its chunks)."""
-        blocks = min(tokens, sequence.computed) // self.settings.block_tokens
+        blocks = min(tokens, sequence.computed) // self._block_tokens
         if blocks > sequence.keyed_blocks:
             self.pool.register(sequence, blocks)
 
@@ -349,7 +338,7 @@ class Scheduler:
         growing, node.growing = node.growing, None
         if not growing:
             return
-        block_tokens = self.settings.block_tokens
+        block_tokens = self._block_tokens
         growing.sort(key=lambda sequence: (-sequence.offset, sequence.order))
         for sequence in growing:
             blocks = (sequence.offset + self.clock - self._lag_tokens) // block_tokens
@@ -427,7 +416,7 @@ class Scheduler:
                     batch.context_tokens += sequence.tokens
                     sequence.tokens += 1
                     if sequence.late_since_ps >= 0:
-                        batch.late.append(sequence)
+                        batch.late += (sequence,)
                 if sequence.tokens >= sequence.end_tokens:
                     self._end_with(batch, sequence)
                 else:
@@ -451,7 +440,7 @@ class Scheduler:
         sequence.state = WAITING
         sequence.preemptions += 1
         self.preemptions += 1
-        batch.preempted.append(sequence)
+        batch.preempted += (sequence,)
         self.waiting.put_back(sequence)
 
     # -- admission --
@@ -494,7 +483,7 @@ class Scheduler:
             sequence.state = PREFILL
             self.running[sequence] = None
             self._prefilling.append(sequence)
-            batch.admitted.append(sequence)
+            batch.admitted += (sequence,)
             self._prefill(batch, sequence, tokens)
             budget -= tokens
 
@@ -511,26 +500,40 @@ class Scheduler:
 
     # -- many steps at once --
 
-    def steps_to_come(self, batch: Batch) -> int:
-        """How many steps after `batch`, just scheduled, are sure to be decode steps of the
-        present members of the group if nothing arrives and nothing is aborted."""
+    @property
+    def decode_context_tokens(self) -> int:
+        """Tokens that the members of the group attend to in its next step."""
+        return self.offsets + self.members * self.clock
+
+    def decode_steps(self) -> int:
+        """How many steps, from now on, are sure to be decode steps of the group and nothing
+        else, if nothing arrives and nothing is aborted."""
+        members = self.members
+        if not members or self.waiting.items or self._prefilling or members > self._max_tokens:
+            return 0
+        return self._steps_with_blocks()
+
+    def steps_after(self, batch: Batch) -> int:
+        """The same for the steps after `batch`, which has just been scheduled."""
         if (
             batch.lasts
             or batch.literal is not None
             or self._prefilling
             or self._head_may_fit
             or not self.members
+            or self.members > self._max_tokens
         ):
             return 0
+        return self._steps_with_blocks()
+
+    def _steps_with_blocks(self) -> int:
+        """How many decode steps there are until a member ends, as far as the blocks last."""
         ends = self._ends
         while ends[0][2].state != DECODING or ends[0][2].finish_clock != ends[0][0]:
             heapq.heappop(ends)
-        return self._steps_with_blocks(ends[0][0] - self.clock)
-
-    def _steps_with_blocks(self, steps: int) -> int:
-        """How many of `steps` further decode steps the free blocks allow."""
+        steps = ends[0][0] - self.clock
         free = self.pool.free_blocks
-        cycle = self.settings.block_tokens
+        cycle = self._block_tokens
         if free >= self.members * (steps // cycle + 1):
             return steps
         # In a whole cycle every member takes one block.
@@ -555,13 +558,12 @@ class Scheduler:
             blocks += sum(residues[: start + rest - cycle])
         return blocks
 
-    def advance(self, batch: Batch, steps: int) -> None:
-        """Account for `steps` decode steps of the group that follow `batch` unscheduled; who
-        ends with the last of them is added to `batch.lasts`."""
+    def advance(self, steps: int) -> tuple[Sequence, ...]:
+        """Make `steps` decode steps of the group without forming their batches; returns who
+        ends with the last of them."""
         self.pool.take(self.blocks_for(steps))
         self.clock += steps
-        if self._ends[0][0] <= self.clock:
-            self._collect_ends(batch)
+        return self._pop_ends() if self._ends[0][0] <= self.clock else ()
 
 
 class WaitingQueue:

@@ -101,7 +101,9 @@ class SteppedScheduler:
 
     def update(self) -> list[str]:
         """Process the output of the oldest batch in flight."""
-        return [sequence.name for sequence in self.scheduler.update(self._in_flight.popleft())]
+        return [
+            sequence.name for sequence in self.scheduler.update(self._in_flight.popleft().lasts)
+        ]
 
     def _computed(self, sequence: Sequence) -> int:
         if sequence.state == DECODING:

@@ -1,0 +1,626 @@
+"""The asyncio driver against fake workers; nothing waits for a fixed time."""
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from policies.core import SchedulerCore
+from policies.interface import (
+    Action,
+    Arrived,
+    Cancelled,
+    ClusterView,
+    ConfigChanged,
+    Dispatch,
+    Event,
+    Failed,
+    Finished,
+    FirstToken,
+    Gauges,
+    Hold,
+    InvalidAction,
+    Launch,
+    LaunchFailed,
+    Limits,
+    Policy,
+    Preempt,
+    ReplicaChanged,
+    RequestView,
+    Retire,
+    Shed,
+    Tick,
+    Verdict,
+)
+from policies.journal import Segment
+from policies.least_loaded import LeastLoaded
+from policies.registry import PolicySpec, policy_names
+from policies.testing import request
+from runtime.driver import CLOSING, Driver, WorkerError, WorkerRefused
+from tests.fake_worker import FakeWorker, Pieces
+from viisim.journal import JournalWriter, replay_journal
+
+LIMIT_S = 20.0
+"""A test that hangs fails after this long."""
+
+
+class Urgent(Policy):
+    """One request a replica; a more urgent one takes the place of another."""
+
+    preempts = True
+
+    def rank(self, request: RequestView) -> Any:
+        """Most urgent first."""
+        return (request.priority, request.arrived_s)
+
+    def place(self, request: RequestView, view: ClusterView) -> Verdict:
+        """A free replica, else the place of the least urgent that shows nothing yet."""
+        for replica in view.ready(request.model):
+            if not replica.inflight_requests:
+                return Dispatch(request.id, replica.id)
+            (victim,) = view.inflight(replica.id)
+            if victim.priority > request.priority and not replica.withdrawing_requests:
+                return Preempt(victim.id)
+        return Hold()
+
+
+class Planner(Policy):
+    """Holds everything and plans `actions`, once."""
+
+    tick_s = 0.001
+
+    def __init__(self, *actions: Action) -> None:
+        self.actions = list(actions)
+
+    def place(self, request: RequestView, view: ClusterView) -> Verdict:
+        """Wait for the plan."""
+        return Hold()
+
+    def plan(self, queue: Any, view: ClusterView) -> list[Action]:
+        """The given actions, then nothing."""
+        planned, self.actions = self.actions, []
+        return planned
+
+
+class Careless(Policy):
+    """Sends everything to a replica that does not exist."""
+
+    def place(self, request: RequestView, view: ClusterView) -> Verdict:
+        """Nonsense."""
+        return Dispatch(request.id, "nowhere")
+
+
+class Memory:
+    """A journal kept in memory, which tells when a kind of event has come."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.actions: list[Action] = []
+        self._awaited: dict[type, asyncio.Event] = {}
+
+    def record(self, event: Event, actions: Sequence[Action]) -> None:
+        """Note one handled event."""
+        self.events.append(event)
+        self.actions.extend(actions)
+        self._seen(type(event)).set()
+
+    def of(self, kind: type) -> list[Any]:
+        """All events and actions of one class."""
+        return [item for item in (*self.events, *self.actions) if type(item) is kind]
+
+    async def seen(self, kind: type) -> None:
+        """Wait for the first event of a class."""
+        await self._seen(kind).wait()
+
+    def _seen(self, kind: type) -> asyncio.Event:
+        return self._awaited.setdefault(kind, asyncio.Event())
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    """Run a scenario on a loop of its own; no task may outlive it."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(LIMIT_S):
+            await scenario()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(limited())
+
+
+def down(request: RequestView, attempt: int) -> Pieces:
+    """A worker that is down."""
+    return [WorkerError("down")]
+
+
+def driver(policy: Policy, *workers: FakeWorker, **options: Any) -> tuple[Driver, Memory]:
+    """A driver with a journal in memory."""
+    limits = options.pop("limits", None)
+    memory = Memory()
+    return Driver(SchedulerCore(policy, limits=limits), workers, journal=memory, **options), memory
+
+
+class TestAnswers:
+    def test_requests_are_answered_by_a_worker(self):
+        async def scenario() -> None:
+            subject, memory = driver(LeastLoaded(), FakeWorker("r0"), FakeWorker("r1"))
+            async with subject:
+                answers = await asyncio.gather(
+                    *(subject.submit(request(id=f"q{i}")) for i in range(8))
+                )
+            assert [(a.request_id, a.output_tokens) for a in answers] == [
+                (f"q{i}", 2) for i in range(8)
+            ]
+            assert {d.replica_id for d in memory.of(Dispatch)} == {"r0", "r1"}
+
+        run(scenario)
+
+    def test_a_streamed_answer_comes_in_pieces(self):
+        async def scenario() -> None:
+            subject, _ = driver(LeastLoaded(), FakeWorker("r0", lambda *_: (3, 1, 1)))
+            pieces: list[int] = []
+            async with subject:
+                await subject.submit(request(), pieces.append)
+            assert pieces == [3, 1, 1]
+
+        run(scenario)
+
+    def test_a_plain_answer_shows_nothing_before_its_end(self):
+        async def scenario() -> None:
+            subject, memory = driver(Urgent(), FakeWorker("r0"))
+            pieces: list[int] = []
+            async with subject:
+                await subject.submit(request(streamed=False), pieces.append)
+            assert (pieces, memory.of(FirstToken)) == ([], [])
+
+        run(scenario)
+
+    def test_arrival_is_on_the_drivers_clock(self):
+        async def scenario() -> None:
+            subject, memory = driver(LeastLoaded(), FakeWorker("r0"), clock=lambda: 42.0)
+            async with subject:
+                await subject.submit(request(arrived_s=1.0))
+            (arrived,) = memory.of(Arrived)
+            assert (arrived.now_s, arrived.request.arrived_s) == (42.0, 42.0)
+
+        run(scenario)
+
+    @pytest.mark.parametrize(("policy", "reported"), [(Urgent, 1), (LeastLoaded, 0)])
+    def test_first_tokens_are_reported_only_when_wanted(self, policy: type[Policy], reported: int):
+        async def scenario() -> None:
+            subject, memory = driver(policy(), FakeWorker("r0"))
+            async with subject:
+                await subject.submit(request())
+            assert len(memory.of(FirstToken)) == reported
+
+        run(scenario)
+
+    def test_an_id_in_use_is_refused_at_the_door(self):
+        async def scenario() -> None:
+            worker = FakeWorker("r0", hanging=True)
+            subject, _ = driver(LeastLoaded(), worker)
+            async with subject, asyncio.TaskGroup() as clients:
+                clients.create_task(subject.submit(request()))
+                await worker.taken.get()
+                with pytest.raises(ValueError, match="already in use"):
+                    await subject.submit(request())
+                worker.gate.set()
+
+        run(scenario)
+
+    def test_a_driver_that_is_not_open_takes_nothing(self):
+        async def scenario() -> None:
+            subject, _ = driver(LeastLoaded(), FakeWorker("r0"))
+            with pytest.raises(RuntimeError, match="not open"):
+                await subject.submit(request())
+
+        run(scenario)
+
+
+class TestFaults:
+    def test_a_failed_request_is_retried_elsewhere(self):
+        async def scenario() -> None:
+            subject, memory = driver(LeastLoaded(), FakeWorker("r0", down), FakeWorker("r1"))
+            async with subject:
+                answer = await subject.submit(request())
+            assert (answer.attempt, answer.output_tokens) == (2, 2)
+            assert [d.replica_id for d in memory.of(Dispatch)] == ["r0", "r1"]
+
+        run(scenario)
+
+    def test_a_request_that_fails_everywhere_is_shed_with_the_reason(self):
+        async def scenario() -> None:
+            subject, _ = driver(LeastLoaded(), FakeWorker("r0", down), FakeWorker("r1", down))
+            async with subject:
+                assert await subject.submit(request()) == Shed("q", "failed: down")
+
+        run(scenario)
+
+    def test_a_stream_that_dies_is_not_retried(self):
+        async def scenario() -> None:
+            dies = FakeWorker("r0", lambda *_: (1, WorkerError("reset")))
+            subject, memory = driver(LeastLoaded(), dies, FakeWorker("r1"))
+            async with subject:
+                assert await subject.submit(request()) == Shed("q", "failed: reset")
+            assert len(memory.of(Dispatch)) == 1
+
+        run(scenario)
+
+    def test_a_plain_answer_that_dies_halfway_is_retried(self):
+        async def scenario() -> None:
+            dies = FakeWorker("r0", lambda *_: (1, WorkerError("reset")))
+            subject, _ = driver(LeastLoaded(), dies, FakeWorker("r1"))
+            async with subject:
+                answer = await subject.submit(request(streamed=False))
+            assert (answer.attempt, answer.output_tokens) == (2, 2)
+
+        run(scenario)
+
+    def test_a_refused_request_is_neither_retried_nor_blamed(self):
+        async def scenario() -> None:
+            refuses = FakeWorker("r0", lambda *_: [WorkerRefused("prompt too long")])
+            subject, memory = driver(LeastLoaded(), refuses, FakeWorker("r1"))
+            async with subject:
+                assert await subject.submit(request()) == Shed("q", "failed: prompt too long")
+            assert not memory.of(Failed)[0].worker_fault
+
+        run(scenario)
+
+    def test_a_workers_own_cancellation_is_a_failure(self):
+        async def scenario() -> None:
+            lost = FakeWorker("r0", lambda *_: [asyncio.CancelledError()])
+            subject, _ = driver(LeastLoaded(), lost, FakeWorker("r1"))
+            async with subject:
+                assert isinstance(await subject.submit(request()), Finished)
+
+        run(scenario)
+
+    def test_an_error_of_the_program_costs_one_request_and_is_logged(
+        self, caplog: pytest.LogCaptureFixture
+    ):
+        def odd(request: RequestView, attempt: int) -> Pieces:
+            return [KeyError("bug")] if request.id == "q" else (1,)
+
+        async def scenario() -> None:
+            subject, _ = driver(LeastLoaded(), FakeWorker("r0", odd), FakeWorker("r1", odd))
+            async with subject:
+                assert await subject.submit(request()) == Shed("q", "failed: 'bug'")
+                assert isinstance(await subject.submit(request(id="p")), Finished)
+
+        run(scenario)
+        assert "attempt 1 of q" in caplog.text
+
+    def test_a_policys_nonsense_reaches_every_client_and_the_owner(self):
+        async def scenario() -> None:
+            subject, _ = driver(Careless(), FakeWorker("r0"))
+
+            async def owner() -> None:
+                async with subject:
+                    client = subject.submit(request())
+                    client_told, *_ = await asyncio.gather(client, return_exceptions=True)
+                    assert isinstance(client_told, InvalidAction)
+
+            with pytest.raises(InvalidAction, match="nowhere"):
+                await owner()
+
+        run(scenario)
+
+    def test_after_a_policys_nonsense_workers_are_freed(self):
+        async def scenario() -> None:
+            worker = FakeWorker("r0", hanging=True)
+            planner = Planner(Dispatch("q", "r0"), Dispatch("q", "r0"))
+            subject, _ = driver(planner, worker)
+
+            async def owner() -> None:
+                async with subject:
+                    await subject.submit(request())
+
+            with pytest.raises(InvalidAction, match="no such request is queued"):
+                await owner()
+            assert worker.inflight == 0
+
+        run(scenario)
+
+
+class TestWithdrawing:
+    def test_a_preempted_request_is_withdrawn_requeued_and_answered_later(self):
+        async def scenario() -> None:
+            worker = FakeWorker("r0", hanging=True)
+            subject, memory = driver(Urgent(), worker)
+            async with subject, asyncio.TaskGroup() as clients:
+                later = clients.create_task(subject.submit(request(id="later", priority=5)))
+                assert await worker.taken.get() == ("later", 1)
+                urgent = clients.create_task(subject.submit(request(id="urgent", priority=0)))
+                assert await worker.taken.get() == ("urgent", 1)
+                worker.gate.set()
+                assert (await urgent).output_tokens == 2
+                assert (await later).attempt == 2
+            assert memory.of(Preempt) == [Preempt("later", 1)]
+            assert (worker.aborted, worker.peak) == (1, 1)
+
+        run(scenario)
+
+    def test_what_has_been_shown_is_not_withdrawn(self):
+        # The core knows of the first byte before the client sees it, or this would be an error.
+        async def scenario() -> None:
+            worker = FakeWorker("r0", lambda *_: (1,) * 50)
+            subject, memory = driver(ShownStays(), worker)
+            async with subject, asyncio.TaskGroup() as clients:
+                clients.create_task(subject.submit(request(id="later", priority=5)))
+                await worker.shown.wait()
+                await subject.submit(request(id="urgent", priority=0))
+            assert memory.of(Preempt) == []
+
+        run(scenario)
+
+    def test_a_worker_that_ignores_the_abort_shows_nothing_more(self):
+        async def scenario() -> None:
+            worker = FakeWorker("r0", hanging=True, stubborn=True)
+            subject, memory = driver(Urgent(), worker)
+            pieces: list[int] = []
+            async with subject, asyncio.TaskGroup() as clients:
+                client = subject.submit(request(id="later", priority=5), pieces.append)
+                clients.create_task(client)
+                await worker.taken.get()
+                clients.create_task(subject.submit(request(id="urgent", priority=0)))
+                await memory.seen(Cancelled)
+                assert pieces == []
+                worker.gate.set()
+
+        run(scenario)
+
+    def test_a_client_that_leaves_frees_the_slot(self):
+        async def scenario() -> None:
+            worker = FakeWorker("r0", hanging=True)
+            subject, memory = driver(LeastLoaded(), worker)
+            async with subject:
+                client = asyncio.create_task(subject.submit(request()))
+                await worker.taken.get()
+                client.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await client
+            assert [c.attempt for c in memory.of(Cancelled)] == [0, 1]
+            assert (worker.inflight, subject.core.inflight_requests) == (0, 0)
+
+        run(scenario)
+
+    def test_an_attempt_withdrawn_before_its_first_step_ends_as_any_other(self):
+        async def scenario() -> None:
+            worker = FakeWorker("r0")
+            subject, memory = driver(Urgent(), worker)
+            async with subject:
+                # Both are submitted before the loop comes to the first attempt's task.
+                await asyncio.gather(
+                    subject.submit(request(id="later", priority=5)),
+                    subject.submit(request(id="urgent", priority=0)),
+                )
+            assert [(c.request_id, c.attempt) for c in memory.of(Cancelled)] == [("later", 1)]
+            assert [worker.taken.get_nowait() for _ in range(2)] == [("urgent", 1), ("later", 2)]
+
+        run(scenario)
+
+    def test_a_queued_client_that_leaves_is_forgotten(self):
+        async def scenario() -> None:
+            subject, memory = driver(LeastLoaded())
+            async with subject:
+                client = asyncio.create_task(subject.submit(request()))
+                await memory.seen(Arrived)
+                client.cancel()
+                await asyncio.wait([client])
+            assert subject.core.queued_requests == 0
+
+        run(scenario)
+
+    def test_closing_sheds_what_waits_and_frees_the_workers(self):
+        async def scenario() -> None:
+            worker = FakeWorker("r0", hanging=True)
+            subject, _ = driver(LeastLoaded(), worker)
+            async with subject:
+                client = asyncio.create_task(subject.submit(request()))
+                await worker.taken.get()
+            assert await client == Shed("q", CLOSING)
+            assert (worker.inflight, subject.core.inflight_requests) == (0, 0)
+
+        run(scenario)
+
+
+class ShownStays(Urgent):
+    """Urgent, but it remembers what clients have seen."""
+
+    def __init__(self) -> None:
+        self.shown: set[str] = set()
+
+    def observe(self, event: Event, view: ClusterView) -> None:
+        """Remember first tokens."""
+        if isinstance(event, FirstToken):
+            self.shown.add(event.request_id)
+
+    def place(self, request: RequestView, view: ClusterView) -> Verdict:
+        """As Urgent, except that what was shown stays."""
+        verdict = super().place(request, view)
+        shown = isinstance(verdict, Preempt) and verdict.request_id in self.shown
+        return Hold() if shown else verdict
+
+
+class TestTimers:
+    def test_a_request_held_too_long_is_shed_when_the_core_says(self):
+        async def scenario() -> None:
+            subject, memory = driver(LeastLoaded(), limits=Limits(queue_timeout_s=0.01))
+            async with subject:
+                assert await subject.submit(request()) == Shed("q", "timeout")
+            (arrived,), (tick,) = memory.of(Arrived), memory.of(Tick)
+            assert tick.now_s >= arrived.now_s + 0.01
+
+        run(scenario)
+
+    def test_a_deadline_is_kept(self):
+        async def scenario() -> None:
+            subject, _ = driver(LeastLoaded())
+            async with subject:
+                due = replace(request(), deadline_s=subject.now_s() + 0.01)
+                assert await subject.submit(due) == Shed("q", "deadline")
+
+        run(scenario)
+
+    def test_a_clock_behind_the_loops_makes_no_early_tick(self):
+        async def scenario() -> None:
+            loop = asyncio.get_running_loop()
+            subject, memory = driver(
+                LeastLoaded(),
+                limits=Limits(queue_timeout_s=0.01),
+                clock=lambda: loop.time() / 2,
+            )
+            async with subject:
+                await subject.submit(request())
+            (arrived,), (tick,) = memory.of(Arrived), memory.of(Tick)
+            assert tick.now_s >= arrived.now_s + 0.01
+
+        run(scenario)
+
+    def test_new_limits_hold_from_the_next_arrival(self):
+        async def scenario() -> None:
+            subject, _ = driver(LeastLoaded())
+            async with subject:
+                subject.report(ConfigChanged(subject.now_s(), Limits(max_queued=0)))
+                assert await subject.submit(request()) == Shed("q", "queue_full")
+
+        run(scenario)
+
+
+class TestCluster:
+    def test_gauges_are_scraped_and_dated_before_the_reading(self):
+        async def scenario() -> None:
+            worker = FakeWorker("r0")
+            subject, memory = driver(LeastLoaded(), worker, scrape_s=0.001)
+            async with subject:
+                for _ in range(3):
+                    await worker.readings.get()
+                await memory.seen(Gauges)
+            assert all(g.sampled_s <= g.now_s for g in memory.of(Gauges))
+
+        run(scenario)
+
+    def test_a_silent_worker_is_asked_again(self):
+        class Silent(FakeWorker):
+            async def gauges(self) -> Any:
+                if not (await super().gauges() and self.readings.qsize() > 1):
+                    raise WorkerError("no answer")
+                return await self.readings.get()
+
+        async def scenario() -> None:
+            subject, memory = driver(LeastLoaded(), Silent("r0"), scrape_s=0.001)
+            async with subject:
+                await memory.seen(Gauges)
+
+        run(scenario)
+
+    def test_a_launch_comes_to_nothing_without_a_supervisor(self):
+        async def scenario() -> None:
+            subject, memory = driver(Planner(Launch("m", ("gpu0",))))
+            async with subject:
+                client = asyncio.create_task(subject.submit(request()))
+                await memory.seen(LaunchFailed)
+            await client
+            assert [e.replica_id for e in memory.of(LaunchFailed)] == ["m-0"]
+
+        run(scenario)
+
+    def test_a_retired_worker_goes_when_its_last_request_has_ended(self):
+        async def scenario() -> None:
+            worker = FakeWorker("r0", hanging=True)
+            planner = Planner(Dispatch("q", "r0"), Retire("r0"))
+            subject, memory = driver(planner, worker, scrape_s=0.001)
+            async with subject:
+                client = asyncio.create_task(subject.submit(request()))
+                await worker.taken.get()
+                worker.gate.set()
+                assert isinstance(await client, Finished)
+            states = [e.state for e in memory.of(ReplicaChanged)]
+            kinds = [type(e) for e in memory.events]
+            assert states == ["ready", "gone"]
+            assert kinds.index(Finished) < len(kinds) - 1 - kinds[::-1].index(ReplicaChanged)
+
+        run(scenario)
+
+
+# -- storms: many requests, many faults, and the journal of all that --
+
+
+def dice(*key: object) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return zlib.crc32(repr(key).encode()) / 2**32
+
+
+def unreliable(worker_id: str) -> Callable[[RequestView, int], Pieces]:
+    """Fails before, during, or not at all, as the dice of the attempt fall."""
+
+    def answers(request: RequestView, attempt: int) -> Pieces:
+        luck = dice(worker_id, request.id, attempt)
+        if luck < 0.1:
+            return [WorkerRefused("bad request")]
+        if luck < 0.3:
+            return [WorkerError("down")]
+        if luck < 0.4:
+            return [1, WorkerError("reset")]
+        return [1] * (1 + int(luck * 8))
+
+    return answers
+
+
+async def storm(spec: PolicySpec, path: Path, requests: int = 60) -> list[FakeWorker]:
+    """Requests against unreliable workers; one client in six leaves early. Journaled."""
+    limits = Limits(max_queued=30, queue_timeout_s=0.5, eject_after=4, eject_s=0.002)
+    head = Segment(spec, seed=3, limits=limits)
+    core = head.make_core()
+    workers = [FakeWorker(f"r{i}", unreliable(f"r{i}"), piece_s=0.0001) for i in range(3)]
+
+    async def client(driver: Driver, index: int) -> None:
+        view = request(
+            id=f"q{index}",
+            prompt_tokens=1 + int(1000 * dice("prompt", index)),
+            streamed=dice("streamed", index) < 0.7,
+            priority=index % 3,
+        )
+        patience_s = 0.0003 if index % 6 == 0 else LIMIT_S
+        try:
+            async with asyncio.timeout(patience_s):
+                await driver.submit(view)
+        except TimeoutError:
+            assert index % 6 == 0, "only the impatient may leave unanswered"
+
+    with JournalWriter(path, head, core=core, segment_events=100) as journal:
+        driver = Driver(core, workers, journal=journal, scrape_s=0.001)
+        async with driver, asyncio.TaskGroup() as clients:
+            for index in range(requests):
+                clients.create_task(client(driver, index))
+                if index % 5 == 0:
+                    await asyncio.sleep(0)
+    assert (core.queued_requests, core.inflight_requests) == (0, 0)
+    counts = core.counts
+    assert counts["arrived"] == counts["finished"] + counts["shed"] + counts["cancelled"]
+    return workers
+
+
+@pytest.mark.parametrize(
+    "spec", [*policy_names(), ShownStays], ids=lambda spec: getattr(spec, "__name__", spec)
+)
+class TestStorms:
+    def test_nothing_is_left_at_any_worker(self, spec: PolicySpec, tmp_path: Path):
+        async def scenario() -> None:
+            workers = await storm(spec, tmp_path / "journal.jsonl")
+            assert [worker.inflight for worker in workers] == [0, 0, 0]
+
+        run(scenario)
+
+    def test_its_journal_replays_with_zero_differences(self, spec: PolicySpec, tmp_path: Path):
+        async def scenario() -> None:
+            await storm(spec, tmp_path / "journal.jsonl")
+
+        run(scenario)
+        reports = [replay_journal(path, trust=True) for path in tmp_path.iterdir()]
+        assert [str(report.difference) for report in reports if not report.equal] == []
+        assert len(reports) > 1
+        assert sum(report.actions for report in reports) > 40
