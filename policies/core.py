@@ -99,6 +99,8 @@ class SchedulerCore:
         self._order = 0
         self._launches = 0
         self._actions: list[Action] = []
+        self._fresh: Entry | None = None
+        """An arrival that found the queue empty and has not been asked about yet."""
         self._handling = False
         self._plan_armed = False
         self._plan_due = False
@@ -148,7 +150,9 @@ class SchedulerCore:
                     self._ask(self.policy.observe, event)
                 if self._plan_due:
                     self._plan()
-                if view.queued_requests:
+                if self._fresh is not None:
+                    self._place_fresh(self._fresh)
+                elif view.queued_requests:
                     self._place_queued()
                 if type(event) is Arrived and self.limits.max_queued is not None:
                     self._enforce_queue_limit(event.request.id)
@@ -190,6 +194,24 @@ class SchedulerCore:
             self._apply_verdict(entry, verdict)
             if type(verdict) is Preempt:
                 held.add(lane.key)
+
+    def _place_fresh(self, entry: Entry) -> None:
+        """Ask about an arrival that found the queue empty: the usual case, kept short. It
+        enters the queue only if it must wait there."""
+        self._fresh = None
+        view = self._view
+        view.queued_requests = 1
+        verdict: Any = None
+        try:
+            verdict = self._ask(self.policy.place, entry.view)
+            if type(verdict) is Dispatch and verdict.request_id == entry.view.id:
+                self._send(entry, verdict)
+        finally:
+            view.queued_requests = 0
+            if entry.state == QUEUED:
+                self._enter_queue(entry)
+        if entry.state == QUEUED and type(verdict) is not Hold:
+            self._apply_verdict(entry, verdict)
 
     def _ask_elsewhere(self, entry: Entry) -> Any:
         """Ask about a retry: not where it failed, unless nowhere else is left."""
@@ -250,31 +272,43 @@ class SchedulerCore:
 
     def _dispatch(self, action: Dispatch) -> None:
         entry = self._queued_entry(action)
-        replica = self._known_replica(action, action.replica_id)
-        if replica.model != entry.view.model:
+        self._send(entry, action)
+        self._forget_queued(entry)
+
+    def _send(self, entry: Entry, action: Dispatch) -> None:
+        """Put the request in flight, if the action is sound; the queue is the caller's matter."""
+        view, request = self._view, entry.view
+        replica = view._by_id.get(action.replica_id)
+        if replica is None:
+            replica = self._known_replica(action, action.replica_id)
+        if replica.model != request.model:
             raise InvalidAction(
-                f"{action}: the request wants model {entry.view.model!r}, "
+                f"{action}: the request wants model {request.model!r}, "
                 f"the replica serves {replica.model!r}"
             )
+        if replica.state != "ready" or replica.probing:
+            self._check_takes_requests(replica, action)
+            view.forget_ready()
+        entry.attempt += 1
+        entry.state = IN_FLIGHT
+        entry.replica = replica
+        entry.dispatched_s = view.now_s
+        tokens = entry.charged_tokens = request.expected_tokens
+        replica.inflight[request.id] = entry
+        replica.inflight_requests += 1
+        replica.outstanding_tokens += tokens
+        if action.attempt != entry.attempt:
+            action = replace(action, attempt=entry.attempt)
+        self._actions.append(action)
+
+    @staticmethod
+    def _check_takes_requests(replica: Replica, action: Dispatch) -> None:
         if not replica.takes_requests:
             raise InvalidAction(
                 f"{action}: the replica takes no requests now (state {replica.state!r}"
                 f"{', ejected or probing' if replica.state == 'ready' else ''}); "
                 "choose among view.ready(model)"
             )
-        self._leave_queue(entry)
-        entry.attempt += 1
-        entry.state = IN_FLIGHT
-        entry.replica = replica
-        entry.dispatched_s = self._view.now_s
-        replica.inflight[entry.view.id] = entry
-        replica.inflight_requests += 1
-        replica.outstanding_tokens += entry.view.expected_tokens
-        if replica.probing:
-            self._view.forget_ready()
-        if action.attempt != entry.attempt:
-            action = replace(action, attempt=entry.attempt)
-        self._actions.append(action)
 
     def _shed(self, action: Shed) -> None:
         entry = self._queued_entry(action)
@@ -358,7 +392,10 @@ class SchedulerCore:
         entry = Entry(view, lane, rank, self._order)
         self._entries[view.id] = entry
         self.counts["arrived"] += 1
-        self._enter_queue(entry)
+        if self._view.queued_requests:
+            self._enter_queue(entry)
+        else:
+            self._fresh = entry
         if policy.tick_s is not None and not self._plan_armed:
             self._arm_plan()
         return True
@@ -374,7 +411,9 @@ class SchedulerCore:
         entry = self._current(event)
         if entry is None:
             return False
-        self._heal(self._free_slot(entry))
+        replica = self._free_slot(entry)
+        if replica.failures:
+            self._heal(replica)
         self._end(entry, "finished")
         return True
 
@@ -516,6 +555,10 @@ class SchedulerCore:
 
     def _leave_queue(self, entry: Entry) -> None:
         entry.state = ENDED
+        self._forget_queued(entry)
+
+    def _forget_queued(self, entry: Entry) -> None:
+        """The entry's state says that it is no longer queued: drop it from its lane."""
         self._view.queued_requests -= 1
         lane = self._lanes[entry.lane]
         lane.forget_one()
@@ -528,7 +571,7 @@ class SchedulerCore:
         assert replica is not None, "an attempt in flight has a replica"
         del replica.inflight[entry.view.id]
         replica.inflight_requests -= 1
-        replica.outstanding_tokens -= entry.view.expected_tokens
+        replica.outstanding_tokens -= entry.charged_tokens
         if entry.state == WITHDRAWING:
             replica.withdrawing_requests -= 1
         return replica

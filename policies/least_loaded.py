@@ -1,6 +1,10 @@
 """Fewest outstanding tokens."""
 
+from operator import attrgetter
+
 from policies.interface import ClusterView, Dispatch, Hold, Policy, RequestView, Verdict
+
+_outstanding_tokens = attrgetter("outstanding_tokens")
 
 
 class LeastLoaded(Policy):
@@ -11,5 +15,5 @@ class LeastLoaded(Policy):
         ready = view.ready(request.model)
         if not ready:
             return Hold()
-        best = min(ready, key=lambda replica: replica.outstanding_tokens)
+        best = min(ready, key=_outstanding_tokens)
         return Dispatch(request.id, best.id)

@@ -23,6 +23,7 @@ class Entry:
 
     __slots__ = (
         "attempt",
+        "charged_tokens",
         "client_left",
         "dispatched_s",
         "failed_on",
@@ -49,6 +50,7 @@ class Entry:
         self.failed_on = ""
         self.replica: Replica | None = None
         self.dispatched_s = 0.0
+        self.charged_tokens = 0
         self.first_byte = False
         self.client_left = False
         self.timeout_s: float | None = None

@@ -86,12 +86,28 @@ class Planner(Policy):
         return planned
 
 
-class Careless(Policy):
-    """Sends everything to a replica that does not exist."""
+class Hasty(Planner):
+    """Withdraws `a` as soon as it learns that a launch failed."""
+
+    preempts = True
+    failed = False
+
+    def observe(self, event: Event, view: ClusterView) -> None:
+        """Notice failed launches."""
+        self.failed = isinstance(event, LaunchFailed)
 
     def place(self, request: RequestView, view: ClusterView) -> Verdict:
-        """Nonsense."""
-        return Dispatch(request.id, "nowhere")
+        """Hold, but for that."""
+        return Preempt("a") if self.failed else Hold()
+
+
+class Careless(Policy):
+    """Knows one replica, and when that is busy names one that does not exist."""
+
+    def place(self, request: RequestView, view: ClusterView) -> Verdict:
+        """Sense first, then nonsense."""
+        busy = any(replica.inflight_requests for replica in view.replicas)
+        return Dispatch(request.id, "nowhere" if busy else "r0")
 
 
 class Memory:
@@ -293,32 +309,20 @@ class TestFaults:
         run(scenario)
         assert "attempt 1 of q" in caplog.text
 
-    def test_a_policys_nonsense_reaches_every_client_and_the_owner(self):
-        async def scenario() -> None:
-            subject, _ = driver(Careless(), FakeWorker("r0"))
-
-            async def owner() -> None:
-                async with subject:
-                    client = subject.submit(request())
-                    client_told, *_ = await asyncio.gather(client, return_exceptions=True)
-                    assert isinstance(client_told, InvalidAction)
-
-            with pytest.raises(InvalidAction, match="nowhere"):
-                await owner()
-
-        run(scenario)
-
-    def test_after_a_policys_nonsense_workers_are_freed(self):
+    def test_a_policys_nonsense_reaches_everybody_and_frees_the_workers(self):
         async def scenario() -> None:
             worker = FakeWorker("r0", hanging=True)
-            planner = Planner(Dispatch("q", "r0"), Dispatch("q", "r0"))
-            subject, _ = driver(planner, worker)
+            subject, _ = driver(Careless(), worker)
 
             async def owner() -> None:
                 async with subject:
-                    await subject.submit(request())
+                    clients = (subject.submit(request(id=name)) for name in "ab")
+                    told = await asyncio.gather(*clients, return_exceptions=True)
+                    assert [type(error) for error in told] == [InvalidAction] * 2
+                    with pytest.raises(InvalidAction):
+                        await subject.submit(request(id="c"))
 
-            with pytest.raises(InvalidAction, match="no such request is queued"):
+            with pytest.raises(InvalidAction, match="nowhere"):
                 await owner()
             assert worker.inflight == 0
 
@@ -375,15 +379,17 @@ class TestWithdrawing:
     def test_a_client_that_leaves_frees_the_slot(self):
         async def scenario() -> None:
             worker = FakeWorker("r0", hanging=True)
-            subject, memory = driver(LeastLoaded(), worker)
-            async with subject:
-                client = asyncio.create_task(subject.submit(request()))
-                await worker.taken.get()
-                client.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await client
+            subject, memory = driver(Urgent(), worker)
+            async with subject, asyncio.TaskGroup() as clients:
+                leaves = clients.create_task(subject.submit(request(id="leaves")))
+                assert await worker.taken.get() == ("leaves", 1)
+                clients.create_task(subject.submit(request(id="stays")))
+                leaves.cancel()
+                assert await worker.taken.get() == ("stays", 1)
+                worker.gate.set()
+            assert leaves.cancelled()
             assert [c.attempt for c in memory.of(Cancelled)] == [0, 1]
-            assert (worker.inflight, subject.core.inflight_requests) == (0, 0)
+            assert worker.peak == 1
 
         run(scenario)
 
@@ -409,8 +415,8 @@ class TestWithdrawing:
                 client = asyncio.create_task(subject.submit(request()))
                 await memory.seen(Arrived)
                 client.cancel()
-                await asyncio.wait([client])
-            assert subject.core.queued_requests == 0
+                await memory.seen(Cancelled)
+                assert subject.core.queued_requests == 0
 
         run(scenario)
 
@@ -525,6 +531,20 @@ class TestCluster:
                 await memory.seen(LaunchFailed)
             await client
             assert [e.replica_id for e in memory.of(LaunchFailed)] == ["m-0"]
+
+        run(scenario)
+
+    def test_what_an_action_raises_is_handled_after_the_other_actions(self):
+        # Were the failed launch handled at once, `a` would be withdrawn before it is sent.
+        async def scenario() -> None:
+            planner = Hasty(Launch("m", ("gpu0",)), Dispatch("a", "r0"))
+            subject, memory = driver(planner, FakeWorker("r0", hanging=True))
+            async with subject, asyncio.TaskGroup() as clients:
+                waiting = [clients.create_task(subject.submit(request(id=name))) for name in "ab"]
+                await memory.seen(Cancelled)
+                for client in waiting:
+                    client.cancel()
+            assert [type(action) for action in memory.actions] == [Launch, Dispatch, Preempt]
 
         run(scenario)
 

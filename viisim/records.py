@@ -84,7 +84,5 @@ class SeedResult:
     replicas: tuple[ReplicaTotals, ...]
     ended_ns: int
     """Simulated time of the last event."""
-    held_at_last_arrival: int = 0
-    """Requests in the system when the last one arrived: what saturation is judged by."""
     events: int = 0
     """Events that the simulation kernel processed."""

@@ -7,14 +7,13 @@ nothing else differs. Simulated time is integer nanoseconds from 0; the core is 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Protocol
 
 import numpy as np
-import simpy
 
 from policies.core import SchedulerCore
 from policies.interface import (
@@ -43,13 +42,12 @@ from viisim.engine.replica import (
     DELIVERY,
     SCRAPE,
     TIMER,
-    Call,
-    Phase,
     Replica,
 )
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.sequence import Sequence as EngineSequence
 from viisim.engine.step_time import StepTime
+from viisim.kernel import Call, Kernel
 from viisim.records import (
     FINISHED,
     REFUSED,
@@ -133,13 +131,11 @@ class Simulation:
     ) -> None:
         self.core = SchedulerCore(policy, seed, limits)
         self._seed = seed
-        self._env = simpy.Environment(initial_time=0)
-        self._phase = Phase()
+        self._kernel = Kernel()
         self._specs = replicas
         self._replicas = {
             spec.id: Replica(
-                self._env,
-                self._phase,
+                self._kernel,
                 index,
                 spec.id,
                 Engine(
@@ -166,7 +162,6 @@ class Simulation:
         self._delivering = False
         self._timer_ns: int | None = None
         self._arrivals = 0
-        self._held_at_last_arrival = 0
         self._rows = _Columns(REQUEST_COLUMNS)
         self._samples = _Columns(SAMPLE_COLUMNS)
 
@@ -178,56 +173,42 @@ class Simulation:
             self._deliver(_ready(spec))
         self._next = next(self._requests, None)
         if self._next is not None:
-            Call(self._env, self._next.arrived_ns, ARRIVAL, self._arrive)
-            Call(self._env, 0, SCRAPE, self._scrape)
-        env = self._env
+            self._kernel.call_at(self._next.arrived_ns, ARRIVAL, self._arrive)
+            self._kernel.call_at(0, SCRAPE, self._scrape)
         with _without_garbage_collection():
-            try:
-                while self._until_ns is None or env.peek() <= self._until_ns:
-                    env.step()
-            except simpy.core.EmptySchedule:
-                pass
-        return self._result()
+            events = self._kernel.run_calls(self._until_ns)
+        return self._result(events)
 
     @property
     def _now_s(self) -> float:
-        return float(self._env.now) / NS_PER_S
-
-    @property
-    def _work_left(self) -> bool:
-        return self._next is not None or bool(self._flights)
+        return self._kernel.now / NS_PER_S
 
     # -- from the kernel to the core --
 
-    def _arrive(self, _: simpy.Event) -> None:
+    def _arrive(self, now_ns: int, _: Call) -> None:
         request = self._next
         assert request is not None, "an arrival is scheduled for a request"
-        now_ns = request.arrived_ns
-        self._phase.reach(now_ns, ARRIVAL)
-        self._flights[request.view.id] = _Flight(self._arrivals, request)
-        self._arrivals += 1
+        view = request.view
+        arrivals = self._arrivals
+        self._arrivals = arrivals + 1
+        self._flights[view.id] = _Flight(arrivals, request)
         following = self._next = next(self._requests, None)
         if following is not None:
-            Call(self._env, following.arrived_ns, ARRIVAL, self._arrive)
-        else:
-            self._held_at_last_arrival = len(self._flights)
-        self._deliver(Arrived(request.view.arrived_s, request.view))
-        if self._on_progress is not None and not self._arrivals % 1024:
-            self._on_progress(self._arrivals)
+            self._kernel.call_at(following.arrived_ns, ARRIVAL, self._arrive)
+        self._deliver(Arrived(view.arrived_s, view))
+        if self._on_progress is not None and not arrivals % 1024:
+            self._on_progress(arrivals)
 
-    def _tick(self, event: simpy.Event) -> None:
-        if self._env.now != self._timer_ns:
+    def _tick(self, now_ns: int, _: Call) -> None:
+        if now_ns != self._timer_ns:
             return  # the core no longer wants it
         self._timer_ns = None
-        self._phase.reach(self._env.now, TIMER)  # type: ignore[arg-type]
-        self._deliver(Tick(self._now_s))
+        self._deliver(Tick(now_ns / NS_PER_S))
 
-    def _scrape(self, _: simpy.Event) -> None:
+    def _scrape(self, now_ns: int, _: Call) -> None:
         """Sample every replica, for the records and as gauges for the core."""
-        if not self._work_left:
+        if self._next is None and not self._flights:
             return
-        now_ns: int = self._env.now  # type: ignore[assignment]
-        self._phase.reach(now_ns, SCRAPE)
         sampled = []
         for replica in self._replicas.values():
             running, waiting, used = replica.engine.gauges(now_ns)
@@ -236,16 +217,15 @@ class Simulation:
             sampled.append((replica.id, running, waiting, used / usable))
         sampled_s = now_ns / NS_PER_S
 
-        def deliver(_: simpy.Event) -> None:
-            self._phase.reach(now_ns + self._delay_ns, DELIVERY)
-            now_s = self._now_s
+        def deliver(now_ns: int, _: Call) -> None:
+            now_s = now_ns / NS_PER_S
             for replica_id, running, waiting, usage in sampled:
                 self._deliver(Gauges(now_s, replica_id, sampled_s, running, waiting, usage))
 
-        Call(self._env, now_ns + self._delay_ns, DELIVERY, deliver)
-        Call(self._env, now_ns + self._scrape_ns, SCRAPE, self._scrape)
+        self._kernel.call_at(now_ns + self._delay_ns, DELIVERY, deliver)
+        self._kernel.call_at(now_ns + self._scrape_ns, SCRAPE, self._scrape)
 
-    def _on_steps(self, replica: Replica, ended: Iterable[EngineSequence], now_ns: int) -> None:
+    def _on_steps(self, replica: Replica, ended: Collection[EngineSequence], now_ns: int) -> None:
         """A replica's step has ended: tell the core what a driver would see."""
         now_s = now_ns / NS_PER_S
         engine = replica.engine
@@ -257,16 +237,16 @@ class Simulation:
                     self._deliver(FirstToken(now_s, view.id, flight.attempts))
         for sequence in ended:
             flight = sequence.tag
-            view = flight.request.view
             if flight.withdrawn:
                 self._cancelled(flight)
                 continue
             output_tokens = sequence.tokens - sequence.prompt_tokens
-            self._record(flight, FINISHED, output_tokens)
-            self._deliver(Finished(now_s, view.id, flight.attempts, output_tokens))
+            self._record(flight, FINISHED, output_tokens, now_ns)
+            request_id = flight.request.view.id
+            self._deliver(Finished(now_s, request_id, flight.attempts, output_tokens))
         for sequence in engine.aborted:
             self._cancelled(sequence.tag)
-        if replica.id in self._retiring:
+        if self._retiring and replica.id in self._retiring:
             self._retire_if_empty(replica.id)
 
     def _cancelled(self, flight: _Flight) -> None:
@@ -300,12 +280,12 @@ class Simulation:
             self._set_timer(when_s)
 
     def _set_timer(self, when_s: float) -> None:
-        when_ns = max(ceil(when_s * NS_PER_S), int(self._env.now))
+        when_ns = max(ceil(when_s * NS_PER_S), self._kernel.now)
         while when_ns / NS_PER_S < when_s:
             when_ns += 1
         if when_ns != self._timer_ns:
             self._timer_ns = when_ns
-            Call(self._env, when_ns, TIMER, self._tick)
+            self._kernel.call_at(when_ns, TIMER, self._tick)
 
     # -- performing actions --
 
@@ -314,7 +294,7 @@ class Simulation:
         replica = self._replicas[action.replica_id]
         request = flight.request
         view = request.view
-        now_ns: int = self._env.now  # type: ignore[assignment]
+        now_ns = self._kernel.now
         flight.attempts = action.attempt
         flight.dispatched_ns = now_ns
         flight.replica = replica
@@ -344,7 +324,7 @@ class Simulation:
         assert flight.replica is not None, "what is preempted was dispatched"
         assert flight.sequence is not None, "what is preempted was dispatched"
         flight.withdrawn = True
-        flight.replica.abort(flight.sequence, int(self._env.now))
+        flight.replica.abort(flight.sequence, self._kernel.now)
 
     def _launch(self, action: Launch) -> None:
         reason = "simulated clusters have a fixed set of replicas"
@@ -361,13 +341,14 @@ class Simulation:
 
     # -- recording --
 
-    def _record(self, flight: _Flight, outcome: int, output_tokens: int) -> None:
+    def _record(
+        self, flight: _Flight, outcome: int, output_tokens: int, finished_ns: int = -1
+    ) -> None:
         """Write the request's row and forget the request."""
         request = flight.request
         view = request.view
         sequence = flight.sequence
         del self._flights[view.id]
-        finished_ns = int(self._env.now) if outcome == FINISHED else -1
         self._rows.add(
             (
                 flight.index,
@@ -388,7 +369,7 @@ class Simulation:
             )
         )
 
-    def _result(self) -> SeedResult:
+    def _result(self, events: int) -> SeedResult:
         for flight in list(self._flights.values()):
             self._record(flight, UNFINISHED, _outputs_so_far(flight))
         requests = self._rows.arrays()
@@ -399,9 +380,8 @@ class Simulation:
             requests={name: column[order] for name, column in requests.items()},
             samples=self._samples.arrays(),
             replicas=tuple(_totals(replica.engine) for replica in self._replicas.values()),
-            ended_ns=int(self._env.now),
-            held_at_last_arrival=self._held_at_last_arrival,
-            events=next(self._env._eid),
+            ended_ns=self._kernel.now,
+            events=events,
         )
 
 
