@@ -1,5 +1,4 @@
-"""`Driver`: asyncio around one `SchedulerCore`. The simulator's counterpart is
-`viisim.simulation`.
+"""`Driver`: asyncio around one `SchedulerCore`; `viisim.simulation` is its simulated twin.
 
 Theory of operation. Everything that happens becomes an event and goes through `Driver.report`,
 which hands it to the core, journals it, and performs the core's actions; events raised meanwhile
