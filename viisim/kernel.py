@@ -9,54 +9,63 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heappop, heappush
+from typing import Any, TypeAlias
 
 import simpy
 
-
-class Call:
-    """A scheduled callback: `callback(now_ns, call)`. Its identity tells it from stale ones."""
-
-    __slots__ = ("callback",)
-
-    def __init__(self, callback: Callable[[int, Call], None]) -> None:
-        self.callback = callback
+#: Called with the time and the number that `Kernel.call_at` gave the call.
+Callback: TypeAlias = Callable[[int, int], None]
 
 
 class Kernel(simpy.Environment):
     """The simulation's clock and calendar."""
 
     _now: int
-    phase = 0
-    """The highest priority that the current nanosecond has reached. An event inserted late, with
-    a smaller priority, can so tell what of this nanosecond is already over."""
+    _queue: list[Any]
 
     def __init__(self) -> None:
         super().__init__(initial_time=0)
+        self.step_end = (-1, 0)
+        """Time and priority of the last step end: what of this nanosecond is already over."""
 
     @property
     def now(self) -> int:
         """Simulated time, ns."""
         return self._now
 
-    def call_at(self, when_ns: int, priority: int, callback: Callable[[int, Call], None]) -> Call:
-        """Have `callback(now_ns, call)` called at `when_ns`; returns that call."""
-        call = Call(callback)
-        heappush(self._queue, (when_ns, priority, next(self._eid), call))  # type: ignore[misc]
-        return call
+    def call_at(self, when_ns: int, priority: int, callback: Callback) -> int:
+        """Have `callback(when_ns, number)` called; returns the number, unique to this call."""
+        number = next(self._eid)
+        heappush(self._queue, (when_ns, priority, number, callback))
+        return number
 
     def run_calls(self, until_ns: int | None = None) -> int:
         """Run until nothing is left, or up to and including `until_ns`; returns how many
-        callbacks and events that took."""
-        queue, done = self._queue, 0
-        while queue and (until_ns is None or queue[0][0] <= until_ns):
-            now_ns, priority, _, call = queue[0]
-            if now_ns > self._now or priority > self.phase:
-                self.phase = priority
-            done += 1
-            if type(call) is Call:
-                heappop(queue)
+        callbacks and events have been scheduled by then."""
+        if until_ns is not None:
+            self.call_at(until_ns, _LAST, self._stop)
+        queue = self._queue
+        try:
+            while queue:
+                item = heappop(queue)
+                now_ns, _, number, callback = item
+                if isinstance(callback, simpy.Event):
+                    heappush(queue, item)
+                    self.step()
+                    continue
                 self._now = now_ns
-                call.callback(now_ns, call)
-            else:
-                self.step()
-        return done
+                callback(now_ns, number)
+        except _Stopped:
+            pass
+        return next(self._eid)
+
+    def _stop(self, now_ns: int, number: int) -> None:
+        raise _Stopped
+
+
+#: Behind everything else that is due at the same nanosecond.
+_LAST = 1 << 30
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error
+    """The time to run until has come."""

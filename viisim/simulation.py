@@ -47,7 +47,7 @@ from viisim.engine.replica import (
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.sequence import Sequence as EngineSequence
 from viisim.engine.step_time import StepTime
-from viisim.kernel import Call, Kernel
+from viisim.kernel import Kernel
 from viisim.records import (
     FINISHED,
     REFUSED,
@@ -185,7 +185,7 @@ class Simulation:
 
     # -- from the kernel to the core --
 
-    def _arrive(self, now_ns: int, _: Call) -> None:
+    def _arrive(self, now_ns: int, _: int) -> None:
         request = self._next
         assert request is not None, "an arrival is scheduled for a request"
         view = request.view
@@ -199,13 +199,13 @@ class Simulation:
         if self._on_progress is not None and not arrivals % 1024:
             self._on_progress(arrivals)
 
-    def _tick(self, now_ns: int, _: Call) -> None:
+    def _tick(self, now_ns: int, _: int) -> None:
         if now_ns != self._timer_ns:
             return  # the core no longer wants it
         self._timer_ns = None
         self._deliver(Tick(now_ns / NS_PER_S))
 
-    def _scrape(self, now_ns: int, _: Call) -> None:
+    def _scrape(self, now_ns: int, _: int) -> None:
         """Sample every replica, for the records and as gauges for the core."""
         if self._next is None and not self._flights:
             return
@@ -217,7 +217,7 @@ class Simulation:
             sampled.append((replica.id, running, waiting, used / usable))
         sampled_s = now_ns / NS_PER_S
 
-        def deliver(now_ns: int, _: Call) -> None:
+        def deliver(now_ns: int, _: int) -> None:
             now_s = now_ns / NS_PER_S
             for replica_id, running, waiting, usage in sampled:
                 self._deliver(Gauges(now_s, replica_id, sampled_s, running, waiting, usage))

@@ -171,18 +171,21 @@ class BlockPool:
         `private_blocks`: full blocks behind the keyed ones whose content nobody can look up
         again; they queue as cached blocks do, but need no place in the tree.
         """
-        blank = sequence.blocks - sequence.keyed_blocks - private_blocks
+        held = sequence.runs
+        if len(held) == 1 and held[0].halves is None:
+            runs = held  # by far the most frequent case
+        else:
+            runs = [run for handle in held for run in handle.leaves()]
         freed = []
         cached = private_blocks
-        for held in sequence.runs:
-            for run in (held,) if held.halves is None else held.leaves():
-                run.users -= 1
-                if not run.users:
-                    freed.append(run)
-                    cached += run.blocks
+        for run in runs:
+            run.users -= 1
+            if not run.users:
+                freed.append(run)
+                cached += run.blocks
         if private_blocks:
             self.contents += private_blocks
-            if freed and freed[-1] is sequence.runs[-1]:
+            if freed and freed[-1] is runs[-1]:
                 freed[-1].blocks += private_blocks
             else:
                 freed.append(Run(None, private_blocks, 0))
@@ -191,6 +194,7 @@ class BlockPool:
             self._releases[entry] = freed
             for run in freed:
                 run.release = entry
+        blank = sequence.blocks - sequence.keyed_blocks - private_blocks
         self.blank_blocks += blank
         self.free_blocks += blank + cached
         sequence.runs = []
@@ -317,35 +321,36 @@ class BlockPool:
 
     def register(self, sequence: Sequence, blocks: int) -> None:
         """Key the sequence's blocks up to the first `blocks` (R12, R13)."""
-        if not self.caching or blocks <= sequence.keyed_blocks:
+        keyed = sequence.keyed_blocks
+        if blocks <= keyed or not self.caching:
             return
+        sequence.keyed_blocks = blocks
         node = sequence.tail or self.root
-        content = sequence.content
-        for key, count in spans(content, self.block_tokens, sequence.keyed_blocks, blocks):
+        runs = sequence.runs
+        for key, count in spans(sequence.content, self.block_tokens, keyed, blocks):
             while count:
                 if node.growing:
                     self._key_growing(node)
                 child = node.children.get(key)
                 if child is None:
-                    child = node.children[key] = Node(node, key, count)
+                    node.children[key] = child = Node(node, key, count)
                     self.contents += count
+                elif self._debt:
+                    self.settle()
+                    continue
                 else:
-                    if self._debt:
-                        self.settle()
-                        continue
                     if count < child.blocks:
                         child = self._split(child, count)
                     covered = max((run.blocks for run in child.runs), default=0)
                     self.contents += max(child.blocks - covered, 0)
                 run = Run(child, child.blocks, 1)
                 child.runs.append(run)
-                sequence.runs.append(run)
+                runs.append(run)
                 count -= child.blocks
                 node = child
                 if count:
                     key = self._advance(key, child.blocks)
         sequence.tail = node
-        sequence.keyed_blocks = blocks
 
     def _advance(self, key: BlockKey, blocks: int) -> BlockKey:
         segment, token = key

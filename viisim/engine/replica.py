@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 
 from viisim.engine.engine import Engine
 from viisim.engine.sequence import Sequence
-from viisim.kernel import Call, Kernel
+from viisim.kernel import Kernel
 
 #: Priorities of the simulation: what is due at one nanosecond happens in this order.
 ARRIVAL, TIMER, DELIVERY, SCRAPE, STEP_END = range(5)
@@ -38,28 +38,29 @@ class Replica:
         self._kernel = kernel
         self._priority = STEP_END + index
         self._on_steps = on_steps
-        self._call: Call | None = None
+        self._call = -1
 
     def take(self, sequence: Sequence, now_ns: int) -> None:
         """A request is dispatched to this replica."""
         kernel = self._kernel
-        end_ns = self.engine.arrive(sequence, now_ns, kernel.phase > self._priority)
+        end_ns = self.engine.arrive(sequence, now_ns, kernel.step_end > (now_ns, self._priority))
         if end_ns is not None:
             self._call = kernel.call_at(end_ns, self._priority, self._step_end)
 
     def abort(self, sequence: Sequence, now_ns: int) -> None:
         """Withdraw a sequence; it is gone after the step in progress."""
         kernel = self._kernel
-        end_ns = self.engine.abort(sequence, now_ns, kernel.phase > self._priority)
+        end_ns = self.engine.abort(sequence, now_ns, kernel.step_end > (now_ns, self._priority))
         if end_ns is not None:
             self._call = kernel.call_at(end_ns, self._priority, self._step_end)
 
-    def _step_end(self, now_ns: int, call: Call) -> None:
-        if call is not self._call:
+    def _step_end(self, now_ns: int, number: int) -> None:
+        if number != self._call:
             return  # an arrival has cut the train: its end came earlier
-        engine = self.engine
+        engine, kernel = self.engine, self._kernel
+        kernel.step_end = (now_ns, self._priority)
         ended, end_ns = engine.finish(now_ns)
         if end_ns is not None:
-            self._call = self._kernel.call_at(end_ns, self._priority, self._step_end)
+            self._call = kernel.call_at(end_ns, self._priority, self._step_end)
         if ended or engine.first_tokens or engine.aborted:
             self._on_steps(self, ended, now_ns)

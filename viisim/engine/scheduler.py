@@ -89,11 +89,12 @@ class Batch:
     literal: dict[Sequence, int] | None = None
     """Tokens by sequence when the step was formed literally."""
 
-    def add_prefill(self, sequence: Sequence, tokens: int) -> None:
-        """The step computes the `tokens` tokens up to `sequence.computed`."""
+    def add_prefill(self, sequence: Sequence, start: int, end: int) -> None:
+        """The step computes the sequence's tokens from `start` up to `end`."""
+        tokens = end - start
         self.prefills += ((sequence, tokens),)
         self.prefill_tokens += tokens
-        self.prefill_pairs += (sequence.computed - tokens) * tokens + tokens * (tokens + 1) // 2
+        self.prefill_pairs += tokens * start + tokens * (tokens + 1) // 2
 
     @property
     def is_empty(self) -> bool:
@@ -140,10 +141,13 @@ class Scheduler:
     def add(self, sequence: Sequence) -> bool:
         """Queue a request; returns whether it may change what the next step does (the head
         of the queue blocks those behind it, R7)."""
-        sequence.end_tokens = min(sequence.end_tokens, self.settings.max_model_len)
+        settings = self.settings
+        if sequence.end_tokens > settings.max_model_len:
+            sequence.end_tokens = settings.max_model_len
         is_head = self.waiting.push(sequence)
-        seats = len(self.running) < self.settings.max_num_seqs
-        return (is_head and seats) or self.settings.long_prefill_token_threshold > 0
+        if is_head and len(self.running) < settings.max_num_seqs:
+            return True
+        return settings.long_prefill_token_threshold > 0
 
     def abort(self, sequence: Sequence) -> None:
         """Remove a sequence wherever it is (R16). Of one that has ended: nothing."""
@@ -197,7 +201,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence, known_tokens: int) -> None:
         """Give the blocks of a sequence back for good; those that `known_tokens` fill are
-        cached."""
+        cached. Outputs that no prompt can contain need not be keyed for that."""
         if sequence.shareable or not self.settings.prefix_caching:
             self._key(sequence, known_tokens)
             self.pool.release(sequence)
@@ -236,7 +240,13 @@ class Scheduler:
                 batch.lasts = self._pop_ends()
         if prefilling:
             sequence.blocks = blocks
-            self._prefill(batch, sequence, chunk)
+            start = sequence.computed
+            batch.add_prefill(sequence, start, start + chunk)
+            sequence.computed = start + chunk
+            pool.register(sequence, sequence.computed // self._block_tokens)
+            if sequence.computed == sequence.tokens:
+                prefilling.clear()
+                self._emit(batch, sequence)
             budget -= chunk
         return budget
 
@@ -257,18 +267,8 @@ class Scheduler:
         sequence.state = ENDING
         batch.lasts += (sequence,)
 
-    def _prefill(self, batch: Batch, sequence: Sequence, tokens: int) -> None:
-        """Schedule a prefill, or a chunk of one; blocks have been taken."""
-        sequence.computed += tokens
-        batch.add_prefill(sequence, tokens)
-        self.pool.register(sequence, sequence.computed // self._block_tokens)
-        if sequence.computed == sequence.tokens:
-            self._emit(batch, sequence)
-
     def _emit(self, batch: Batch, sequence: Sequence) -> None:
         """The prefill completes in this step, which therefore yields a token."""
-        if sequence.state == PREFILL:
-            self._prefilling.remove(sequence)
         sequence.tokens += 1
         batch.firsts += (sequence,)
         if sequence.tokens >= sequence.end_tokens:
@@ -407,8 +407,9 @@ class Scheduler:
             tokens = given.get(sequence, 0)
             if sequence.state == PREFILL:
                 if tokens:
-                    batch.add_prefill(sequence, tokens)
+                    batch.add_prefill(sequence, sequence.computed - tokens, sequence.computed)
                     if sequence.computed == sequence.tokens:
+                        self._prefilling.remove(sequence)
                         self._emit(batch, sequence)
             elif sequence.state == LOOSE:
                 if tokens:
@@ -448,55 +449,61 @@ class Scheduler:
     def _admit(self, batch: Batch, budget: int) -> None:
         """Take waiting requests until one does not fit (R7, R8)."""
         settings = self.settings
-        pool = self.pool
-        block_tokens = settings.block_tokens
+        pool, running, waiting = self.pool, self.running, self.waiting
+        block_tokens = self._block_tokens
         cap = self._prefill_cap()
-        while self.waiting.items and len(self.running) < settings.max_num_seqs:
+        while waiting.items and len(running) < settings.max_num_seqs:
             if budget <= 0:
                 self._head_may_fit = True
                 return
-            sequence = self.waiting.head
+            sequence = waiting.items[0]
             match = pool.match(sequence)
-            hit_tokens = match.blocks * block_tokens
-            tokens = min(sequence.tokens - hit_tokens, cap)
+            start = match.blocks * block_tokens
+            tokens = sequence.tokens - start
+            if tokens > cap:
+                tokens = cap
             if tokens > budget:
                 if not settings.chunked_prefill:
                     self._head_may_fit = bool(batch.prefills)
                     return
                 tokens = budget
-            blocks = -(-(hit_tokens + tokens) // block_tokens)
+            end = start + tokens
+            blocks = -(-end // block_tokens)
             if not self._fits(sequence, match, blocks):
                 self._head_may_fit = match.growing
                 return
-            self.waiting.pop()
+            waiting.items.popleft()
             if match.blocks:
                 pool.acquire(sequence, match)
             pool.take(blocks - match.blocks)
             sequence.blocks = blocks
-            sequence.computed = hit_tokens
+            sequence.computed = end
             if sequence.cached_tokens < 0:
-                sequence.cached_tokens = hit_tokens
+                sequence.cached_tokens = start
                 self.queried_tokens += sequence.tokens
-                self.hit_tokens += hit_tokens
+                self.hit_tokens += start
             self._admissions += 1
             sequence.order = self._admissions
-            sequence.state = PREFILL
-            self.running[sequence] = None
-            self._prefilling.append(sequence)
+            running[sequence] = None
             batch.admitted += (sequence,)
-            self._prefill(batch, sequence, tokens)
+            batch.add_prefill(sequence, start, end)
+            pool.register(sequence, end // block_tokens)
+            if end == sequence.tokens:
+                self._emit(batch, sequence)
+            else:
+                sequence.state = PREFILL
+                self._prefilling.append(sequence)
             budget -= tokens
 
     def _fits(self, sequence: Sequence, match: Match, blocks: int) -> bool:
         """The block tests of R8; `blocks` is what hit and chunk need together."""
         settings = self.settings
-        if settings.reserve_full_prompt:
-            whole = -(-min(sequence.tokens, settings.max_model_len) // settings.block_tokens)
-            blocks = max(blocks, whole)
-        # Waived when nothing runs, or a request could starve.
-        watermark = settings.watermark_blocks if self.running else 0
-        taken = blocks - match.blocks + match.unused_blocks + watermark
-        return taken <= self.pool.free_blocks
+        if settings.reserve_full_prompt:  # no sequence is longer than max_model_len
+            blocks = -(-sequence.tokens // self._block_tokens)
+        if settings.watermark_blocks and self.running:
+            # Waived when nothing runs, or a request could starve.
+            blocks += settings.watermark_blocks
+        return blocks - match.blocks + match.unused_blocks <= self.pool.free_blocks
 
     # -- many steps at once --
 
@@ -511,10 +518,17 @@ class Scheduler:
         members = self.members
         if not members or self.waiting.items or self._prefilling or members > self._max_tokens:
             return 0
-        return self._steps_with_blocks()
+        ends = self._ends
+        while ends[0][2].state != DECODING or ends[0][2].finish_clock != ends[0][0]:
+            heapq.heappop(ends)
+        steps = ends[0][0] - self.clock
+        if self.pool.free_blocks >= members * (steps // self._block_tokens + 1):
+            return steps
+        return self._steps_with_blocks(steps)
 
     def steps_after(self, batch: Batch) -> int:
-        """The same for the steps after `batch`, which has just been scheduled."""
+        """The same for the steps after `batch`, which has just been scheduled: whoever waits
+        now, waits on."""
         if (
             batch.lasts
             or batch.literal is not None
@@ -524,20 +538,19 @@ class Scheduler:
             or self.members > self._max_tokens
         ):
             return 0
-        return self._steps_with_blocks()
-
-    def _steps_with_blocks(self) -> int:
-        """How many decode steps there are until a member ends, as far as the blocks last."""
         ends = self._ends
         while ends[0][2].state != DECODING or ends[0][2].finish_clock != ends[0][0]:
             heapq.heappop(ends)
         steps = ends[0][0] - self.clock
-        free = self.pool.free_blocks
-        cycle = self._block_tokens
-        if free >= self.members * (steps // cycle + 1):
+        if self.pool.free_blocks >= self.members * (steps // self._block_tokens + 1):
             return steps
-        # In a whole cycle every member takes one block.
-        cycles, free = divmod(free, self.members)
+        return self._steps_with_blocks(steps)
+
+    def _steps_with_blocks(self, steps: int) -> int:
+        """How many of `steps` decode steps the free blocks allow."""
+        # In a whole cycle of block_tokens steps every member takes one block.
+        cycle = self._block_tokens
+        cycles, free = divmod(self.pool.free_blocks, self.members)
         allowed = cycles * cycle
         while allowed < steps:
             free -= self._residues[(-self.clock - allowed) % cycle]
@@ -575,6 +588,7 @@ class WaitingQueue:
     def __init__(self, by_priority: bool) -> None:
         self.by_priority = by_priority
         self.items: deque[Sequence] = deque()
+        """In queue order."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -582,18 +596,14 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self.items)
 
-    @property
-    def head(self) -> Sequence:
-        """Who is asked about next."""
-        return self.items[0]
-
     def push(self, sequence: Sequence) -> bool:
         """Queue a new request; returns whether it is the head now."""
+        items = self.items
         if self.by_priority:
-            insort(self.items, sequence, key=_urgency)
-        else:
-            self.items.append(sequence)
-        return self.items[0] is sequence
+            insort(items, sequence, key=_urgency)
+            return items[0] is sequence
+        items.append(sequence)
+        return len(items) == 1
 
     def put_back(self, sequence: Sequence) -> None:
         """Queue a preempted sequence."""
@@ -601,10 +611,6 @@ class WaitingQueue:
             insort(self.items, sequence, key=_urgency)
         else:
             self.items.appendleft(sequence)
-
-    def pop(self) -> Sequence:
-        """Take the head."""
-        return self.items.popleft()
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of the middle."""

@@ -1,0 +1,368 @@
+"""Experiments carried out: every seed simulated, all of them summed up.
+
+What an experiment is, `viisim.config` says; how one is simulated, `viisim.simulation`. Here the
+two meet. A seed's result depends on the experiment and the seed alone: neither on the other
+seeds nor on the number of processes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from policies.interface import Policy, PolicyError
+from policies.journal import Segment
+from viisim.config import (
+    Experiment,
+    SimulatedReplica,
+    TraceWorkload,
+    experiment_from,
+    load_experiment,
+    resolved,
+)
+from viisim.engine.step_time import CalibratedRange, DecodePoint, StepTime
+from viisim.journal import JournalWriter
+from viisim.metrics import Summary, summarise
+from viisim.profile import Profile, profile_hash
+from viisim.records import SeedResult
+from viisim.results import file_hash, make_manifest, write_run
+from viisim.simulation import ReplicaSpec, Simulation
+
+SeedProgress: TypeAlias = Callable[[int, int], None]
+"""Told how many requests of a seed have arrived, of how many."""
+Progress: TypeAlias = Callable[[int, int, int], None]
+"""The same with the seed in front."""
+
+_GLANCE_S = 0.1
+"""How often the progress of other processes is looked at."""
+
+# --------------------------------------------------------------------------------------
+# One seed
+
+
+def run_seed(
+    experiment: Experiment,
+    seed: int,
+    journal: Path | None = None,
+    on_progress: SeedProgress | None = None,
+) -> SeedResult:
+    """Simulate one seed; with `journal`, write what the scheduler was told and decided there.
+
+    Raises InputError for a trace that cannot be read or a journal that cannot be written,
+    PolicyError (one line with the policy, the place and the answer) for the policy's own fault.
+    """
+    workload = experiment.build_workload()
+    total = workload.total_requests
+    report = None if on_progress is None else lambda arrived: on_progress(arrived, total)
+    policy = experiment.policy.make()
+    limits = experiment.limits.limits()
+    head = Segment(resolved(experiment)["policy"], seed, limits)
+    try:
+        with nullcontext() if journal is None else JournalWriter(journal, head) as writer:
+            result = Simulation(
+                replica_specs(experiment),
+                policy,
+                workload.requests(seed),
+                seed=seed,
+                scrape_s=experiment.cluster.scrape_s,
+                scrape_delay_s=experiment.cluster.scrape_delay_s,
+                limits=limits,
+                until_s=experiment.max_sim_s,
+                journal=writer,
+                on_progress=report,
+            ).run()
+    except Exception as error:
+        if not _is_fault_of(policy, error):
+            raise
+        raise PolicyError(_fault(policy, error)) from error
+    if report is not None:
+        report(total)
+    return result
+
+
+def replica_specs(experiment: Experiment) -> list[ReplicaSpec]:
+    """The experiment's replicas, each on devices of its own."""
+    specs: list[ReplicaSpec] = []
+    devices = 0
+    for replica in experiment.simulated_replicas():
+        own = range(devices, devices + replica.tensor_parallel)
+        devices = own.stop
+        specs.append(_spec(replica, tuple(f"simulated/gpu{number}" for number in own)))
+    return specs
+
+
+def _spec(replica: SimulatedReplica, devices: tuple[str, ...]) -> ReplicaSpec:
+    return ReplicaSpec(
+        replica.id,
+        replica.model,
+        devices,
+        replica.settings.scheduler_settings(),
+        step_time_of(replica.profile, replica.settings.max_num_seqs),
+        replica.settings.coalesce,
+    )
+
+
+def step_time_of(profile: Profile, max_num_seqs: int) -> StepTime:
+    """The profile's step times for batches of up to `max_num_seqs` sequences.
+
+    A profile states the longest measured context of one sequence; a batch is within the
+    calibrated range as long as all its sequences could be.
+    """
+    times, measured = profile.step_time, profile.range
+    most_sequences = measured.decode_sequences[1]
+    return StepTime(
+        [DecodePoint(p.sequences, p.base_s, p.per_context_token_s) for p in times.decode],
+        max_num_seqs,
+        prefill_base_s=times.prefill.base_s,
+        prefill_per_token_s=times.prefill.per_token_s,
+        prefill_per_pair_s=times.prefill.per_token_context_s,
+        host_overhead_s=times.host_overhead_s,
+        calibrated=CalibratedRange(
+            max_decode_sequences=most_sequences,
+            max_context_tokens=most_sequences * measured.context_tokens[1],
+            max_prefill_tokens=measured.prefill_tokens[1],
+        ),
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Whose fault
+
+
+def _is_fault_of(policy: Policy, error: Exception) -> bool:
+    """Whether the policy's author must repair it: an answer that the core refuses or cannot
+    compare (a lane that is no key, ranks of several types), or an exception in the policy's
+    own code."""
+    if isinstance(error, PolicyError):
+        return True
+    asked = any(frame.name == "handle" for frame in traceback.extract_tb(error.__traceback__))
+    unusable = isinstance(error, TypeError) and asked
+    return asked and (unusable or _own_frame(policy, error) is not None)
+
+
+def _own_frame(policy: Policy, error: Exception) -> traceback.FrameSummary | None:
+    """The innermost call inside a file that defines the policy, or a class it derives from."""
+    classes = type(policy).__mro__
+    own = {inspect.getsourcefile(kind) for kind in classes[: classes.index(Policy)]}
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame for frame in reversed(frames) if frame.filename in own), None)
+
+
+def _fault(policy: Policy, error: Exception) -> str:
+    """One line: which policy, where, what it did, and how to find more of the kind."""
+    kind = type(policy)
+    text = " ".join(str(error).split())
+    if not isinstance(error, PolicyError):
+        text = f"{type(error).__name__}: {text}"
+    frame = _own_frame(policy, error)
+    where = f", line {frame.lineno}, in {frame.name}" if frame else ""
+    file = inspect.getsourcefile(kind)
+    return (
+        f"policy {kind.__qualname__} ({_shown(file)}{where}): {text}; repair it with the help of "
+        f"`viisim check {_shown(file)}:{kind.__qualname__}`"
+    )
+
+
+def _shown(file: str | None) -> str:
+    """A file's path from here, or in full when it lies elsewhere."""
+    path = Path(file or "?")
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+# --------------------------------------------------------------------------------------
+# All seeds
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An experiment with the results of all its seeds."""
+
+    experiment: Experiment
+    results: tuple[SeedResult, ...]
+    """One a seed, in the order of the experiment's `seeds`."""
+    summary: Summary
+    """The metrics, per seed and over seeds: the content of `summary.json`."""
+
+    @property
+    def requests(self) -> pa.Table:
+        """One row a request: `seed`, then `viisim.records.REQUEST_COLUMNS`. For pandas:
+        `run.requests.to_pandas()`."""
+        return _table([(result.seed, result.requests) for result in self.results])
+
+    @property
+    def samples(self) -> pa.Table:
+        """One row a sample of a replica: `seed`, then `viisim.records.SAMPLE_COLUMNS`."""
+        return _table([(result.seed, result.samples) for result in self.results])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run was made of: the content of `manifest.json`."""
+        seeds, hashes = self.experiment.seeds, input_hashes(self.experiment)
+        return make_manifest(resolved(self.experiment), seeds, hashes)
+
+    def save(self, folder: str | Path, plots: bool = True) -> Path:
+        """Write a run directory, as `viisim run` does. Raises InputError if it cannot be."""
+        return write_run(Path(folder), self.manifest, self.results, self.summary, plots)
+
+    def __rich__(self) -> Any:
+        """The table that `viisim run` shows: `rich.print(run)`."""
+        from viisim.report import summary_report
+
+        return summary_report(self.summary, self.experiment.name)
+
+
+def _table(seeds: Sequence[tuple[int, Mapping[str, Any]]]) -> pa.Table:
+    tables = []
+    for seed, columns in seeds:
+        rows = next(iter(columns.values())).size
+        tables.append(pa.table({"seed": np.full(rows, seed), **columns}))
+    return pa.concat_tables(tables)
+
+
+def simulate(source: str | Path | Mapping[str, Any], *, jobs: int = 1, **overrides: Any) -> Run:
+    """Simulate an experiment: a YAML file, or the same content as a mapping.
+
+    Overrides name keys with two underscores for every dot: `seeds=[1, 2]`,
+    `workload__rate_per_s=0.5`, `policy={"name": "random"}`. With `jobs` above 1, seeds run in
+    that many processes; a script then needs the guard `if __name__ == "__main__"`.
+
+    Raises InputError for a mistake in the experiment, PolicyError for one of the policy.
+    """
+    changes = [
+        f"{key.replace('__', '.')}={json.dumps(value, default=str)}"
+        for key, value in overrides.items()
+    ]
+    if isinstance(source, Mapping):
+        experiment = experiment_from(dict(source), "experiment", overrides=changes)
+    else:
+        experiment = load_experiment(source, changes)
+    return run_experiment(experiment, jobs=jobs)
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    jobs: int = 1,
+    on_progress: Progress | None = None,
+    journals: Path | None = None,
+) -> Run:
+    """Simulate every seed, in up to `jobs` processes; with `journals`, write a journal of each
+    into that folder. Raises what `run_seed` raises."""
+    seeds = experiment.seeds
+    files = [None if journals is None else journals / f"seed-{seed}.jsonl" for seed in seeds]
+    if min(jobs, len(seeds)) > 1:
+        results = _in_processes(experiment, files, min(jobs, len(seeds)), on_progress)
+    else:
+        results = [
+            run_seed(experiment, seed, file, _named(seed, on_progress))
+            for seed, file in zip(seeds, files, strict=True)
+        ]
+    summary = summarise(results, experiment.slo, experiment.warmup_fraction)
+    return Run(experiment, tuple(results), summary)
+
+
+def _named(seed: int, on_progress: Progress | None) -> SeedProgress | None:
+    if on_progress is None:
+        return None
+    return lambda arrived, total: on_progress(seed, arrived, total)
+
+
+# --------------------------------------------------------------------------------------
+# Processes
+
+
+def _in_processes(
+    experiment: Experiment,
+    journals: Sequence[Path | None],
+    jobs: int,
+    on_progress: Progress | None,
+) -> list[SeedResult]:
+    """Every seed in a process of a pool. Spawned, not forked: the same on every system, and
+    safe in a program that has threads."""
+    context = multiprocessing.get_context("spawn")
+    counters = context.RawArray("q", 2 * len(journals))
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (counters,))
+    try:
+        futures = [
+            pool.submit(_work, experiment, index, journal) for index, journal in enumerate(journals)
+        ]
+        _watch(futures, experiment.seeds, counters, on_progress)
+        results = [future.result() for future in futures]
+    except BaseException:
+        # Nobody wants the other seeds any more: neither wait for them nor leave them running.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    pool.shutdown()
+    return results
+
+
+def _watch(
+    futures: Sequence[Future[SeedResult]],
+    seeds: Sequence[int],
+    counters: Any,
+    on_progress: Progress | None,
+) -> None:
+    """Wait for all, or for the first failure, passing on how far each seed has come."""
+    pending: set[Future[SeedResult]] = set(futures)
+    while pending and not any(f.done() and f.exception() for f in futures):
+        glance_s = None if on_progress is None else _GLANCE_S
+        _, pending = wait(pending, glance_s, FIRST_EXCEPTION)
+        if on_progress is not None:
+            for index, seed in enumerate(seeds):
+                on_progress(seed, counters[2 * index], counters[2 * index + 1])
+    for future in futures:
+        if future.done():
+            future.result()
+
+
+_counters: Any = None
+"""In a worker process: for each seed how many requests have arrived, and of how many."""
+
+
+def _start_worker(counters: Any) -> None:
+    """Runs once in each worker process."""
+    global _counters
+    _counters = counters
+    # Ctrl-C reaches the whole process group: the parent tells the user, workers die in silence.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _work(experiment: Experiment, index: int, journal: Path | None) -> SeedResult:
+    def note(arrived: int, total: int) -> None:
+        _counters[2 * index : 2 * index + 2] = [arrived, total]
+
+    return run_seed(experiment, experiment.seeds[index], journal, note)
+
+
+# --------------------------------------------------------------------------------------
+# What a run is made of
+
+
+def input_hashes(experiment: Experiment) -> dict[str, str]:
+    """SHA-256 of everything the experiment reads besides itself, by the key that names it."""
+    hashes = {
+        f"cluster.replicas.{index}": profile_hash(entry.load_profile())
+        for index, entry in enumerate(experiment.cluster.replicas)
+        if entry.worker.kind != "url"
+    }
+    if isinstance(experiment.workload, TraceWorkload):
+        hashes["workload.path"] = file_hash(experiment.workload.file)
+    source = inspect.getsourcefile(type(experiment.policy.make()))
+    if source is not None:
+        hashes["policy"] = file_hash(Path(source))
+    return hashes
