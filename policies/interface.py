@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from numpy.random import Generator
+
+from policies.frozen import frozen
 
 # --------------------------------------------------------------------------------------
 # Facts about a request
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestView:
     """What a scheduler may know of a request. Never its true output length (invariant I8)."""
 
@@ -56,7 +57,7 @@ class RequestView:
 # Events: what a driver reports
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Arrived:
     """A client sent a request."""
 
@@ -64,7 +65,7 @@ class Arrived:
     request: RequestView
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FirstToken:
     """The first byte of a streamed answer reached the client. Plain requests have none."""
 
@@ -73,7 +74,7 @@ class FirstToken:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Finished:
     """The attempt produced a whole answer of `output_tokens`."""
 
@@ -83,7 +84,7 @@ class Finished:
     output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Failed:
     """The attempt ended in an error.
 
@@ -99,7 +100,7 @@ class Failed:
     worker_fault: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cancelled:
     """Attempt `attempt` was aborted; or, with `attempt` 0, the client has left."""
 
@@ -108,7 +109,7 @@ class Cancelled:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplicaChanged:
     """A replica appeared, changed state or went away.
 
@@ -126,7 +127,7 @@ class ReplicaChanged:
     block_tokens: int = 16
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Gauges:
     """A scrape of one replica's metrics, sampled at `sampled_s`, delivered at `now_s`."""
 
@@ -139,7 +140,7 @@ class Gauges:
     """Share of the KV blocks in use, 0 to 1."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LaunchFailed:
     """A `Launch` came to nothing."""
 
@@ -148,7 +149,7 @@ class LaunchFailed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Limits:
     """The operator's limits, applied by the core whatever the policy."""
 
@@ -164,7 +165,7 @@ class Limits:
     """Dispatches of one request, counting retries after a failure (not after a Preempt)."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ConfigChanged:
     """The operator changed the limits while running."""
 
@@ -172,7 +173,7 @@ class ConfigChanged:
     limits: Limits
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Tick:
     """The time `SchedulerCore.next_timer_s` asked for has come."""
 
@@ -196,7 +197,7 @@ Event: TypeAlias = (
 # Verdicts and actions: what a policy answers and a driver performs
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Dispatch:
     """Send the request to the replica. The core numbers the attempt."""
 
@@ -207,12 +208,12 @@ class Dispatch:
     attempt: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Hold:
     """Keep the request, and its lane, waiting until the next event."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Shed:
     """Refuse the request. The core's own reasons: `queue_full`, `timeout`, `deadline`,
     `failed: ...`."""
@@ -221,7 +222,7 @@ class Shed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Preempt:
     """Withdraw a dispatched request and put it back in the queue.
 
@@ -233,7 +234,7 @@ class Preempt:
     attempt: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Launch:
     """Start a replica of `model` on `devices`; the tensor-parallel degree is their number."""
 
@@ -243,7 +244,7 @@ class Launch:
     """Given by the core."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Retire:
     """Drain the replica, then stop it."""
 

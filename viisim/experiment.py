@@ -37,13 +37,16 @@ from viisim.journal import JournalWriter
 from viisim.metrics import Summary, summarise
 from viisim.profile import Profile, profile_hash
 from viisim.records import SeedResult
-from viisim.results import file_hash, make_manifest, write_run
+from viisim.results import RunFolder, file_hash, make_manifest, write_run
 from viisim.simulation import ReplicaSpec, Simulation
 
 SeedProgress: TypeAlias = Callable[[int, int], None]
 """Told how many requests of a seed have arrived, of how many."""
 Progress: TypeAlias = Callable[[int, int, int], None]
 """The same with the seed in front."""
+
+JOURNALS = "journals"
+"""The folder of a run directory with a journal a seed, where they were asked for."""
 
 _GLANCE_S = 0.1
 """How often the progress of other processes is looked at."""
@@ -271,6 +274,25 @@ def run_experiment(
         ]
     summary = summarise(results, experiment.slo, experiment.warmup_fraction)
     return Run(experiment, tuple(results), summary)
+
+
+def run_into(
+    directory: RunFolder,
+    experiment: Experiment,
+    *,
+    jobs: int = 1,
+    on_progress: Progress | None = None,
+    plots: bool = True,
+    journals: bool = False,
+) -> Run:
+    """Simulate and write everything into a run directory. Raises what `run_seed` raises."""
+    folder = None
+    if journals:
+        folder = directory._aside / JOURNALS
+        folder.mkdir()
+    run = run_experiment(experiment, jobs=jobs, on_progress=on_progress, journals=folder)
+    directory.write(run.manifest, run.results, run.summary, plots)
+    return run
 
 
 def _named(seed: int, on_progress: Progress | None) -> SeedProgress | None:

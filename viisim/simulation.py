@@ -7,11 +7,12 @@ nothing else differs. Simulated time is integer nanoseconds from 0; the core is 
 from __future__ import annotations
 
 import gc
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -83,26 +84,26 @@ class Journal(Protocol):
         """Note one handled event."""
 
 
-class _Flight:
-    """A request between its arrival and its end."""
+class _Flight(EngineSequence):
+    """A request between its arrival and its end: the sequence that its engine computes, and
+    what the records want to know. A new one stands for every attempt but the first."""
 
-    __slots__ = (
-        "attempts",
-        "dispatched_ns",
-        "index",
-        "replica",
-        "request",
-        "sequence",
-        "withdrawn",
-    )
+    __slots__ = ("attempt", "dispatched_ns", "index", "replica", "request", "withdrawn")
 
     def __init__(self, index: int, request: Request) -> None:
+        view = request.view
+        super().__init__(
+            view.id,
+            request.prompt,
+            view.prompt_tokens,
+            request.output_tokens,
+            request.output_segment,
+        )
         self.index = index
         self.request = request
-        self.attempts = 0
+        self.attempt = 0
         self.dispatched_ns = -1
         self.replica: Replica | None = None
-        self.sequence: EngineSequence | None = None
         self.withdrawn = False
         """A Preempt was issued: nothing that the attempt still does reaches the client."""
 
@@ -155,7 +156,6 @@ class Simulation:
         self._until_ns = None if until_s is None else round(until_s * NS_PER_S)
         self._journal = journal
         self._on_progress = on_progress
-        self._wants_first_token = self.core.wants_first_token
         self._flights: dict[str, _Flight] = {}
         self._retiring: set[str] = set()
         self._pending: list[Event] = []
@@ -225,34 +225,24 @@ class Simulation:
         self._kernel.call_at(now_ns + self._delay_ns, DELIVERY, deliver)
         self._kernel.call_at(now_ns + self._scrape_ns, SCRAPE, self._scrape)
 
-    def _on_steps(self, replica: Replica, ended: Collection[EngineSequence], now_ns: int) -> None:
+    def _on_steps(self, replica: Replica, ended: Collection[_Flight], now_ns: int) -> None:
         """A replica's step has ended: tell the core what a driver would see."""
         now_s = now_ns / NS_PER_S
         engine = replica.engine
-        if self._wants_first_token:
-            for sequence in engine.first_tokens:
-                flight: _Flight = sequence.tag
-                view = flight.request.view
-                if view.streamed and not flight.withdrawn:
-                    self._deliver(FirstToken(now_s, view.id, flight.attempts))
-        for sequence in ended:
-            flight = sequence.tag
+        for flight in cast("list[_Flight]", engine.first_tokens):
+            if flight.request.view.streamed and not flight.withdrawn:
+                self._deliver(FirstToken(now_s, flight.name, flight.attempt))
+        for flight in ended:
             if flight.withdrawn:
-                self._cancelled(flight)
+                self._deliver(Cancelled(now_s, flight.name, flight.attempt))
                 continue
-            output_tokens = sequence.tokens - sequence.prompt_tokens
+            output_tokens = flight.tokens - flight.prompt_tokens
             self._record(flight, FINISHED, output_tokens, now_ns)
-            request_id = flight.request.view.id
-            self._deliver(Finished(now_s, request_id, flight.attempts, output_tokens))
-        for sequence in engine.aborted:
-            self._cancelled(sequence.tag)
+            self._deliver(Finished(now_s, flight.name, flight.attempt, output_tokens))
+        for flight in cast("list[_Flight]", engine.aborted):
+            self._deliver(Cancelled(now_s, flight.name, flight.attempt))
         if self._retiring and replica.id in self._retiring:
             self._retire_if_empty(replica.id)
-
-    def _cancelled(self, flight: _Flight) -> None:
-        """A withdrawn attempt is over. Whatever it still produced was not passed on."""
-        flight.withdrawn = False
-        self._deliver(Cancelled(self._now_s, flight.request.view.id, flight.attempts))
 
     def _deliver(self, event: Event) -> None:
         """Hand an event to the core and perform its actions; events that these raise at once
@@ -260,24 +250,22 @@ class Simulation:
         if self._delivering:
             self._pending.append(event)
             return
-        self._delivering = True
-        core, journal = self.core, self._journal
-        while True:
-            actions = core.handle(event)
-            if journal is not None:
-                journal.record(event, actions)
-            for action in actions:
-                if type(action) is Dispatch:
-                    self._dispatch(action)
-                else:
-                    _PERFORM[type(action)](self, action)
-            if not self._pending:
-                break
-            event = self._pending.pop(0)
-        self._delivering = False
-        when_s = core.next_timer_s()
+        actions = self.core.handle(event)
+        if self._journal is not None:
+            self._journal.record(event, actions)
+        if actions:
+            self._perform(actions)
+        when_s = self.core.next_timer_s()
         if when_s is not None:
             self._set_timer(when_s)
+
+    def _perform(self, actions: Sequence[Action]) -> None:
+        self._delivering = True
+        for action in actions:
+            _PERFORM[type(action)](self, action)
+        self._delivering = False
+        while self._pending:
+            self._deliver(self._pending.pop(0))
 
     def _set_timer(self, when_s: float) -> None:
         when_ns = max(ceil(when_s * NS_PER_S), self._kernel.now)
@@ -291,29 +279,17 @@ class Simulation:
 
     def _dispatch(self, action: Dispatch) -> None:
         flight = self._flights[action.request_id]
-        replica = self._replicas[action.replica_id]
-        request = flight.request
-        view = request.view
-        now_ns = self._kernel.now
-        flight.attempts = action.attempt
-        flight.dispatched_ns = now_ns
-        flight.replica = replica
-        if view.prompt_tokens >= replica.engine.scheduler.settings.max_model_len:
-            self._deliver(
-                Failed(self._now_s, view.id, action.attempt, _TOO_LONG, False, worker_fault=False)
-            )
-            return
-        flight.sequence = sequence = EngineSequence(
-            view.id,
-            request.prompt,
-            view.prompt_tokens,
-            request.output_tokens,
-            request.output_segment,
-            action.engine_priority,
-            now_ns,
-            flight,
-        )
-        replica.take(sequence, now_ns)
+        if flight.attempt:
+            flight = self._flights[action.request_id] = _Flight(flight.index, flight.request)
+        replica = flight.replica = self._replicas[action.replica_id]
+        now_ns = flight.dispatched_ns = self._kernel.now
+        flight.attempt = action.attempt
+        flight.priority = action.engine_priority
+        flight.arrival = now_ns
+        if flight.prompt_tokens < replica.engine.scheduler.settings.max_model_len:
+            replica.take(flight, now_ns)
+        else:
+            self._deliver(Failed(self._now_s, flight.name, action.attempt, _TOO_LONG, False, False))
 
     def _shed(self, action: Shed) -> None:
         refused = action.reason.endswith(_TOO_LONG)
@@ -322,9 +298,8 @@ class Simulation:
     def _preempt(self, action: Preempt) -> None:
         flight = self._flights[action.request_id]
         assert flight.replica is not None, "what is preempted was dispatched"
-        assert flight.sequence is not None, "what is preempted was dispatched"
         flight.withdrawn = True
-        flight.replica.abort(flight.sequence, self._kernel.now)
+        flight.replica.abort(flight, self._kernel.now)
 
     def _launch(self, action: Launch) -> None:
         reason = "simulated clusters have a fixed set of replicas"
@@ -345,26 +320,25 @@ class Simulation:
         self, flight: _Flight, outcome: int, output_tokens: int, finished_ns: int = -1
     ) -> None:
         """Write the request's row and forget the request."""
+        del self._flights[flight.name]
         request = flight.request
-        view = request.view
-        sequence = flight.sequence
-        del self._flights[view.id]
+        cached_tokens = flight.cached_tokens
         self._rows.add(
             (
                 flight.index,
                 outcome,
                 -1 if flight.replica is None else flight.replica.index,
-                flight.attempts,
-                view.prompt_tokens,
+                flight.attempt,
+                flight.prompt_tokens,
                 output_tokens,
-                0 if sequence is None else max(sequence.cached_tokens, 0),
-                0 if sequence is None else sequence.preemptions,
-                view.priority,
-                view.streamed,
+                cached_tokens if cached_tokens > 0 else 0,
+                flight.preemptions,
+                request.view.priority,
+                request.view.streamed,
                 request.arrived_ns,
                 flight.dispatched_ns,
-                -1 if sequence is None else sequence.started_ns,
-                -1 if sequence is None else sequence.first_token_ns,
+                flight.started_ns,
+                flight.first_token_ns,
                 finished_ns,
             )
         )
@@ -386,6 +360,7 @@ class Simulation:
 
 
 _PERFORM: Mapping[type, Callable[[Simulation, Any], None]] = {
+    Dispatch: Simulation._dispatch,
     Shed: Simulation._shed,
     Preempt: Simulation._preempt,
     Launch: Simulation._launch,
@@ -394,31 +369,18 @@ _PERFORM: Mapping[type, Callable[[Simulation, Any], None]] = {
 
 
 class _Columns:
-    """Rows collected as tuples and packed into numpy columns, a few thousand at a time."""
-
-    _ROWS = 8192
+    """Rows of integers, added one at a time, read as numpy columns."""
 
     def __init__(self, columns: Mapping[str, type[np.generic]]) -> None:
         self._types = columns
-        self._rows: list[tuple[int, ...]] = []
-        self._packed: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in columns}
-
-    def add(self, row: tuple[int, ...]) -> None:
-        """Append one row, in the order of the columns."""
-        self._rows.append(row)
-        if len(self._rows) >= self._ROWS:
-            self._pack()
+        self._cells = array("q")
+        self.add = self._cells.extend  # a whole row, in the order of the columns
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """All rows, by column."""
-        self._pack()
-        return {name: np.concatenate(parts) for name, parts in self._packed.items()}
-
-    def _pack(self) -> None:
-        table = np.array(self._rows, dtype=np.int64).reshape(-1, len(self._types))
-        self._rows.clear()
-        for (name, kind), column in zip(self._types.items(), table.T, strict=True):
-            self._packed[name].append(column.astype(kind))
+        table = np.array(self._cells, dtype=np.int64).reshape(-1, len(self._types))
+        columns = zip(self._types.items(), table.T, strict=True)
+        return {name: column.astype(kind) for (name, kind), column in columns}
 
 
 def _ready(spec: ReplicaSpec) -> ReplicaChanged:
@@ -436,10 +398,9 @@ def _ready(spec: ReplicaSpec) -> ReplicaChanged:
 
 
 def _outputs_so_far(flight: _Flight) -> int:
-    if flight.sequence is None or flight.replica is None:
+    if flight.replica is None:
         return 0
-    tokens = flight.replica.engine.scheduler.tokens_of(flight.sequence)
-    return tokens - flight.sequence.prompt_tokens
+    return flight.replica.engine.scheduler.tokens_of(flight) - flight.prompt_tokens
 
 
 def _totals(engine: Engine) -> ReplicaTotals:

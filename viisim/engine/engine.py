@@ -41,9 +41,9 @@ class Engine:
         self.reports_first_tokens = reports_first_tokens
         self.log = StepLog(step_time)
         self.first_tokens: list[Sequence] = []
-        """Sequences whose first token the last `finish` yielded."""
+        """Sequences whose first token came; the kernel empties it when it has told."""
         self.aborted: list[Sequence] = []
-        """Sequences that the last `finish` took out because they had been aborted."""
+        """Sequences taken out because they had been aborted; likewise."""
         self._async = settings.async_scheduling
         self._clock_ps = 0
         """When the last batch ended."""
@@ -81,23 +81,16 @@ class Engine:
     def finish(self, now_ns: int) -> tuple[Collection[Sequence], int | None]:
         """The train has run: take its output and start the next one. Returns who ended, and the
         time of the next event, None when there is no work left."""
-        scheduler, log = self.scheduler, self.log.rows
+        scheduler = self.scheduler
         head, following, steps = self._head, self._following, self._train
         lasts: Collection[Sequence] = ()
         if head is not None:
             steps -= 1
-            head_ps = self._head_ps
-            late = len(head.late)
-            self._clock_ps += head_ps
-            log.append(
-                (head.decodes, late, head.context_tokens, head.prefill_tokens, head_ps, 0, 1)
-            )
-            if head.firsts or late or self.first_tokens:
-                self._take_tokens(head)
+            self._finish_head(head)
             lasts = head.lasts
         if steps:
             members, context_tokens, step_ps, growth_ps = self._decodes
-            log.append((members, 0, context_tokens, 0, step_ps, growth_ps, steps))
+            self.log.add((members, 0, context_tokens, 0, step_ps, growth_ps, steps))
             self._clock_ps += steps * step_ps + steps * (steps - 1) // 2 * growth_ps
             if following is None:
                 lasts = scheduler.advance(steps)
@@ -106,9 +99,18 @@ class Engine:
                 following.context_tokens += steps * members
         ended = scheduler.update(lasts) if lasts else lasts
         self._head, self._following, self._train = following, None, 0
-        if self._aborts or self.aborted:
+        if self._aborts:
             self._take_aborts()
         return ended, self._begin(now_ns)
+
+    def _finish_head(self, head: Batch) -> None:
+        head_ps = self._head_ps
+        self._clock_ps += head_ps
+        late = len(head.late)
+        tokens = (head.context_tokens, head.prefill_tokens)
+        self.log.add((head.decodes, late, *tokens, head_ps, 0, 1))
+        if head.firsts or late:
+            self._take_tokens(head)
 
     def gauges(self, now_ns: int) -> tuple[int, int, int]:
         """Running, waiting, and KV blocks in use, as a scrape at this moment would read."""
@@ -130,15 +132,13 @@ class Engine:
         scheduler = self.scheduler
         steps = scheduler.decode_steps()
         if steps:
-            self._follow(steps if self.coalesce else 1, scheduler.decode_context_tokens)
-            return self._end_ns()
+            return self._follow(steps if self.coalesce else 1, scheduler.decode_context_tokens)
         head = self._head = self._schedule(now_ns)
         if head is None:
             return None
         self._lead(head)
-        if self._may_couple(head):
-            self._follow(scheduler.steps_after(head), scheduler.decode_context_tokens)
-        return self._end_ns()
+        steps = scheduler.steps_after(head) if self._may_couple(head) else 0
+        return self._follow(steps, scheduler.decode_context_tokens)
 
     def _begin_ahead(self, now_ns: int) -> int | None:
         """The same for asynchronous scheduling: the batch behind the head is formed now."""
@@ -149,10 +149,12 @@ class Engine:
                 return None
         self._lead(head)
         following = self._following = self._schedule(now_ns)
-        if following is not None and self._may_couple(head):
-            if not (head.lasts or following.prefills):
-                self._follow(self.scheduler.steps_after(following), following.context_tokens)
-        return self._end_ns()
+        steps = context_tokens = 0
+        if following is not None:
+            context_tokens = following.context_tokens
+            if not head.lasts and not following.prefills and self._may_couple(head):
+                steps = self.scheduler.steps_after(following)
+        return self._follow(steps, context_tokens)
 
     def _may_couple(self, head: Batch) -> bool:
         """Whether decode steps may follow the head in one train."""
@@ -184,33 +186,38 @@ class Engine:
             head.decodes, head.context_tokens, head.prefill_tokens, head.prefill_pairs
         )
 
-    def _follow(self, steps: int, context_tokens: int) -> None:
-        """Let that many decode steps of the group, or none, run behind the head."""
+    def _follow(self, steps: int, context_tokens: int) -> int:
+        """Let that many decode steps of the group, or none, run behind the head, if there is
+        one; returns when the train ends."""
+        end_ps = self._clock_ps
+        if self._head is not None:
+            end_ps += self._head_ps
         if steps:
             members = self.scheduler.members
             slope_ps = self.step_time.slope_ps[members]
             step_ps = self.step_time.base_ps[members] + slope_ps * context_tokens
-            self._decodes = (members, context_tokens, step_ps, slope_ps * members)
+            growth_ps = slope_ps * members
+            self._decodes = (members, context_tokens, step_ps, growth_ps)
             self._train += steps
+            end_ps += steps * step_ps + steps * (steps - 1) // 2 * growth_ps
+        return -(-end_ps // PS_PER_NS)
 
     # -- what steps yield --
 
     def _take_tokens(self, batch: Batch) -> None:
         """Note first tokens, and tokens that come more than a step after the last one."""
         self.log.fold_if_long()
-        first_tokens = self.first_tokens
-        first_tokens.clear()
         for sequence in batch.firsts:
             if sequence.first_token_ns < 0:
                 sequence.first_token_ns = -(-self._clock_ps // PS_PER_NS)
-                first_tokens.append(sequence)
+                if self.reports_first_tokens:
+                    self.first_tokens.append(sequence)
             else:
                 self._take_late_token(sequence)
         for sequence in batch.late:
             self._take_late_token(sequence)
 
     def _take_aborts(self) -> None:
-        self.aborted.clear()
         for sequence in self._aborts:
             if sequence.state != DONE:
                 self.scheduler.abort(sequence)

@@ -8,6 +8,7 @@ steps and the single steps it stands for are indistinguishable to everybody else
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 from viisim.engine.engine import Engine
 from viisim.engine.sequence import Sequence
@@ -21,7 +22,8 @@ class Replica:
     """One engine, driven by the kernel.
 
     `on_steps(replica, ended, now_ns)` is called after every event of the engine that ended
-    sequences or yielded something else; see `engine.first_tokens` and `engine.aborted`.
+    sequences, the very objects given to `take`, or yielded something else: see
+    `engine.first_tokens` and `engine.aborted`.
     """
 
     def __init__(
@@ -30,7 +32,7 @@ class Replica:
         index: int,
         replica_id: str,
         engine: Engine,
-        on_steps: Callable[[Replica, Collection[Sequence], int], None],
+        on_steps: Callable[[Replica, Collection[Any], int], None],
     ) -> None:
         self.index = index
         self.id = replica_id
@@ -64,3 +66,5 @@ class Replica:
             self._call = kernel.call_at(end_ns, self._priority, self._step_end)
         if ended or engine.first_tokens or engine.aborted:
             self._on_steps(self, ended, now_ns)
+            engine.first_tokens.clear()
+            engine.aborted.clear()

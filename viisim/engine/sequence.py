@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from viisim.engine.blocks import Node, Run
@@ -47,7 +47,6 @@ class Sequence:
         "shareable",
         "started_ns",
         "state",
-        "tag",
         "tail",
         "tokens",
     )
@@ -61,7 +60,6 @@ class Sequence:
         output_segment: Hashable | None = None,
         priority: int = 0,
         arrival: float = 0.0,
-        tag: Any = None,
     ) -> None:
         self.name = name
         self.prompt = prompt
@@ -75,8 +73,6 @@ class Sequence:
         self.priority = priority
         self.arrival = arrival
         """Orders equals under priority scheduling; any comparable number."""
-        self.tag = tag
-        """The owner's handle; the engine never looks at it."""
         self.state = WAITING
         self.order = -1
         """Position in the order of admission, hence in the running list."""

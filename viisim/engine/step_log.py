@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 from numpy.typing import NDArray
 
-from viisim.engine.step_time import StepTime
+from viisim.engine.step_time import PS_PER_S, StepTime
 from viisim.records import ITL_EDGES_S
 
-#: Rows kept before they are summed up; bounds memory, and lets numpy pay.
-_ROWS = 1 << 14
+_COLUMNS = 7
+#: Cells kept before they are summed up; bounds memory, and lets numpy pay.
+_CELLS = _COLUMNS << 14
+#: Whole picoseconds, so that the last bit of a floating-point edge decides nothing.
+_EDGES_PS = np.round(ITL_EDGES_S * PS_PER_S).astype(np.int64)
 
 
 class StepLog:
     """Totals over all steps and the distribution of inter-token latencies.
 
-    A row is (decodes, late, context_tokens, prefill_tokens, step_ps, growth_ps, steps): `steps`
-    steps, of `step_ps` and then `growth_ps` longer each time, with `decodes` decoding sequences
-    attending to `context_tokens` tokens in the first of them; `late` of these had missed a step
-    before, so that this step's duration is not their gap. Appending a row is all that happens
-    per train; the arithmetic is done for many rows at once.
+    `add((decodes, late, context_tokens, prefill_tokens, step_ps, growth_ps, steps))` notes
+    `steps` steps, of `step_ps` and then `growth_ps` longer each time, with `decodes` decoding
+    sequences attending to `context_tokens` tokens in the first of them; `late` of these had
+    missed a step before, so that this step's duration is not their gap. Noting a row is all
+    that happens per train; the arithmetic is done for many rows at once.
     """
 
     def __init__(self, step_time: StepTime) -> None:
-        self.rows: list[tuple[int, int, int, int, int, int, int]] = []
+        self._cells = array("q")
+        self.add = self._cells.extend
         self.steps = 0
         self.busy_ps = 0
         self.prefill_tokens = 0
@@ -36,19 +42,19 @@ class StepLog:
 
     def add_late_gap(self, gap_ps: int) -> None:
         """Count one gap that is longer than a step."""
-        self._count_gaps(np.array([gap_ps]), np.array([1]))
+        self._count(np.array([gap_ps]), np.array([1]))
 
     def fold_if_long(self) -> None:
         """Sum up the rows once there are many."""
-        if len(self.rows) >= _ROWS:
+        if len(self._cells) >= _CELLS:
             self.fold()
 
     def fold(self) -> None:
         """Sum up the rows."""
-        if not self.rows:
+        if not self._cells:
             return
-        table = np.array(self.rows, dtype=np.int64).T
-        self.rows.clear()
+        table = np.array(self._cells, dtype=np.int64).reshape(-1, _COLUMNS).T
+        del self._cells[:]
         decodes, late, context_tokens, prefill_tokens, step_ps, growth_ps, steps = table
         self.steps += int(steps.sum())
         self.busy_ps += int((steps * step_ps + steps * (steps - 1) // 2 * growth_ps).sum())
@@ -57,12 +63,33 @@ class StepLog:
         self.extrapolated_steps += self._step_time.extrapolated_steps(
             decodes, context_tokens, prefill_tokens, steps
         )
-        row = np.repeat(np.arange(len(steps)), steps)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(steps) - steps, steps)
-        self._count_gaps(step_ps[row] + nth * growth_ps[row], (decodes - late)[row])
+        self._count_trains(decodes - late, step_ps, growth_ps, steps)
 
-    def _count_gaps(self, gaps_ps: NDArray[np.int64], sequences: NDArray[np.int64]) -> None:
-        bins = np.searchsorted(ITL_EDGES_S, gaps_ps * 1e-12, side="right") - 1
-        np.clip(bins, 0, len(self.itl_counts) - 1, out=bins)
-        counts = np.bincount(bins, weights=sequences, minlength=len(self.itl_counts))
+    def _count_trains(
+        self,
+        sequences: NDArray[np.int64],
+        step_ps: NDArray[np.int64],
+        growth_ps: NDArray[np.int64],
+        steps: NDArray[np.int64],
+    ) -> None:
+        """Count the gaps of whole trains: most keep to one bin, the others are spread out."""
+        first = _bins(step_ps)
+        in_one_bin = first == _bins(step_ps + (steps - 1) * growth_ps)
+        self._add(first[in_one_bin], (sequences * steps)[in_one_bin])
+        rows = np.flatnonzero(~in_one_bin)
+        steps = steps[rows]
+        row = np.repeat(rows, steps)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(steps) - steps, steps)
+        self._count(step_ps[row] + nth * growth_ps[row], sequences[row])
+
+    def _count(self, gaps_ps: NDArray[np.int64], sequences: NDArray[np.int64]) -> None:
+        self._add(_bins(gaps_ps), sequences)
+
+    def _add(self, bins: NDArray[np.int64], gaps: NDArray[np.int64]) -> None:
+        counts = np.bincount(bins, weights=gaps, minlength=len(self.itl_counts))
         self.itl_counts += counts.astype(np.int64)
+
+
+def _bins(gaps_ps: NDArray[np.int64]) -> NDArray[np.int64]:
+    bins = np.searchsorted(_EDGES_PS, gaps_ps, side="right") - 1
+    return np.clip(bins, 0, len(_EDGES_PS) - 2)
