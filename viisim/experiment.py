@@ -11,10 +11,11 @@ import inspect
 import json
 import multiprocessing
 import signal
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,7 +87,7 @@ def run_seed(
                 journal=writer,
                 on_progress=report,
             ).run()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not _is_fault_of(policy, error):
             raise
         raise PolicyError(_fault(policy, error)) from error
@@ -144,7 +145,7 @@ def step_time_of(profile: Profile, max_num_seqs: int) -> StepTime:
 # Whose fault
 
 
-def _is_fault_of(policy: Policy, error: Exception) -> bool:
+def _is_fault_of(policy: Policy, error: BaseException) -> bool:
     """Whether the policy's author must repair it: an answer that the core refuses or cannot
     compare (a lane that is no key, ranks of several types), or an exception in the policy's
     own code."""
@@ -155,7 +156,7 @@ def _is_fault_of(policy: Policy, error: Exception) -> bool:
     return asked and (unusable or _own_frame(policy, error) is not None)
 
 
-def _own_frame(policy: Policy, error: Exception) -> traceback.FrameSummary | None:
+def _own_frame(policy: Policy, error: BaseException) -> traceback.FrameSummary | None:
     """The innermost call inside a file that defines the policy, or a class it derives from."""
     classes = type(policy).__mro__
     own = {inspect.getsourcefile(kind) for kind in classes[: classes.index(Policy)]}
@@ -163,7 +164,7 @@ def _own_frame(policy: Policy, error: Exception) -> traceback.FrameSummary | Non
     return next((frame for frame in reversed(frames) if frame.filename in own), None)
 
 
-def _fault(policy: Policy, error: Exception) -> str:
+def _fault(policy: Policy, error: BaseException) -> str:
     """One line: which policy, where, what it did, and how to find more of the kind."""
     kind = type(policy)
     text = " ".join(str(error).split())
@@ -318,9 +319,8 @@ def _in_processes(
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, context, _start_worker, (counters,))
     try:
-        futures = [
-            pool.submit(_work, experiment, index, journal) for index, journal in enumerate(journals)
-        ]
+        with _deaf_to_ctrl_c():
+            futures = [pool.submit(_work, experiment, *each) for each in enumerate(journals)]
         _watch(futures, experiment.seeds, counters, on_progress)
         results = [future.result() for future in futures]
     except BaseException:
@@ -331,6 +331,20 @@ def _in_processes(
         raise
     pool.shutdown()
     return results
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started in the block ignore Ctrl-C, which reaches the whole process group: the
+    parent takes it and ends them, so that no worker prints a traceback of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change what signals do
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _watch(
@@ -360,8 +374,6 @@ def _start_worker(counters: Any) -> None:
     """Runs once in each worker process."""
     global _counters
     _counters = counters
-    # Ctrl-C reaches the whole process group: the parent tells the user, workers die in silence.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _work(experiment: Experiment, index: int, journal: Path | None) -> SeedResult:
@@ -378,7 +390,7 @@ def _work(experiment: Experiment, index: int, journal: Path | None) -> SeedResul
 def input_hashes(experiment: Experiment) -> dict[str, str]:
     """SHA-256 of everything the experiment reads besides itself, by the key that names it."""
     hashes = {
-        f"cluster.replicas.{index}": profile_hash(entry.load_profile())
+        f"cluster.replicas.{index}.profile": profile_hash(entry.load_profile())
         for index, entry in enumerate(experiment.cluster.replicas)
         if entry.worker.kind != "url"
     }

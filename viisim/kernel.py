@@ -25,8 +25,10 @@ class Kernel(simpy.Environment):
 
     def __init__(self) -> None:
         super().__init__(initial_time=0)
-        self.step_end = (-1, 0)
-        """Time and priority of the last step end: what of this nanosecond is already over."""
+        self.ended_ns = -1
+        self.ended_priority = 0
+        """When the last step end was, and its priority: of that nanosecond, step ends up to
+        this priority are over."""
 
     @property
     def now(self) -> int:

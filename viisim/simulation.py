@@ -7,11 +7,11 @@ nothing else differs. Simulated time is integer nanoseconds from 0; the core is 
 from __future__ import annotations
 
 import gc
-from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from struct import Struct
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -212,7 +212,7 @@ class Simulation:
         sampled = []
         for replica in self._replicas.values():
             running, waiting, used = replica.engine.gauges(now_ns)
-            self._samples.add((now_ns, replica.index, running, waiting, used))
+            self._samples.add(self._samples.pack(now_ns, replica.index, running, waiting, used))
             usable = replica.engine.scheduler.settings.usable_blocks
             sampled.append((replica.id, running, waiting, used / usable))
         sampled_s = now_ns / NS_PER_S
@@ -324,7 +324,7 @@ class Simulation:
         request = flight.request
         cached_tokens = flight.cached_tokens
         self._rows.add(
-            (
+            self._rows.pack(
                 flight.index,
                 outcome,
                 -1 if flight.replica is None else flight.replica.index,
@@ -369,16 +369,17 @@ _PERFORM: Mapping[type, Callable[[Simulation, Any], None]] = {
 
 
 class _Columns:
-    """Rows of integers, added one at a time, read as numpy columns."""
+    """Rows of integers, `add(pack(...))`-ed one at a time, read as numpy columns."""
 
     def __init__(self, columns: Mapping[str, type[np.generic]]) -> None:
         self._types = columns
-        self._cells = array("q")
-        self.add = self._cells.extend  # a whole row, in the order of the columns
+        self._rows = bytearray()
+        self.add = self._rows.extend
+        self.pack = Struct(f"={len(columns)}q").pack
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """All rows, by column."""
-        table = np.array(self._cells, dtype=np.int64).reshape(-1, len(self._types))
+        table = np.frombuffer(self._rows, dtype=np.int64).reshape(-1, len(self._types))
         columns = zip(self._types.items(), table.T, strict=True)
         return {name: column.astype(kind) for (name, kind), column in columns}
 

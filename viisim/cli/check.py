@@ -41,7 +41,7 @@ def check(
     from policies.check import findings
     from viisim.documents import override
 
-    policy = {"class" if ":" in spec else "name": spec}
+    policy = {"class" if ":" in spec or spec.endswith(".py") else "name": spec}
     for parameter in set_ or []:
         override(policy, parameter)
     found = findings(policy)

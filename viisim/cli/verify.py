@@ -63,7 +63,8 @@ def verify(
         files = sum(file.is_file() for file in directory.path.rglob("*")) - 1  # the manifest
     for line in differences:
         typer.echo(line)
-    typer.echo(f"{len(differences)} files differ" if differences else f"equal: {files} files")
+    unequal = f"not equal: {len(differences)} of {files} files"
+    typer.echo(unequal if differences else f"equal: {files} files")
     for line in made_of:
         if not line.startswith("config.workload.path:"):
             typer.echo(f"recorded and now: {line}")
@@ -81,7 +82,10 @@ def recorded_experiment(recorded: LoadedRun, folder: Path, trace: Path | None) -
 
     manifest = recorded.path / "manifest.json"
     moved = [] if trace is None else [f"workload.path={json.dumps(str(trace.resolve()))}"]
-    experiment = experiment_from(recorded.manifest["config"], str(manifest), folder, moved)
+    try:
+        experiment = experiment_from(recorded.manifest["config"], str(manifest), folder, moved)
+    except InputError as error:
+        raise InputError(f"{error} (--folder DIR says where relative paths start)") from error
     if isinstance(experiment.workload, TraceWorkload):
         file = experiment.workload.file
         if not file.is_file():

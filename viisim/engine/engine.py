@@ -90,7 +90,8 @@ class Engine:
             lasts = head.lasts
         if steps:
             members, context_tokens, step_ps, growth_ps = self._decodes
-            self.log.add((members, 0, context_tokens, 0, step_ps, growth_ps, steps))
+            log = self.log
+            log.add(log.pack(members, 0, context_tokens, 0, step_ps, growth_ps, steps))
             self._clock_ps += steps * step_ps + steps * (steps - 1) // 2 * growth_ps
             if following is None:
                 lasts = scheduler.advance(steps)
@@ -107,8 +108,9 @@ class Engine:
         head_ps = self._head_ps
         self._clock_ps += head_ps
         late = len(head.late)
-        tokens = (head.context_tokens, head.prefill_tokens)
-        self.log.add((head.decodes, late, *tokens, head_ps, 0, 1))
+        tokens, prefill_tokens = head.context_tokens, head.prefill_tokens
+        log = self.log
+        log.add(log.pack(head.decodes, late, tokens, prefill_tokens, head_ps, 0, 1))
         if head.firsts or late:
             self._take_tokens(head)
 
@@ -132,13 +134,12 @@ class Engine:
         scheduler = self.scheduler
         steps = scheduler.decode_steps()
         if steps:
-            return self._follow(steps if self.coalesce else 1, scheduler.decode_context_tokens)
+            return self._follow(steps if self.coalesce else 1)
         head = self._head = self._schedule(now_ns)
         if head is None:
             return None
         self._lead(head)
-        steps = scheduler.steps_after(head) if self._may_couple(head) else 0
-        return self._follow(steps, scheduler.decode_context_tokens)
+        return self._follow(scheduler.steps_after(head) if self._may_couple(head) else 0)
 
     def _begin_ahead(self, now_ns: int) -> int | None:
         """The same for asynchronous scheduling: the batch behind the head is formed now."""
@@ -149,12 +150,10 @@ class Engine:
                 return None
         self._lead(head)
         following = self._following = self._schedule(now_ns)
-        steps = context_tokens = 0
-        if following is not None:
-            context_tokens = following.context_tokens
-            if not head.lasts and not following.prefills and self._may_couple(head):
-                steps = self.scheduler.steps_after(following)
-        return self._follow(steps, context_tokens)
+        steps = 0
+        if following is not None and not head.lasts and not following.prefills:
+            steps = self.scheduler.steps_after(following) if self._may_couple(head) else 0
+        return self._follow(steps)
 
     def _may_couple(self, head: Batch) -> bool:
         """Whether decode steps may follow the head in one train."""
@@ -186,14 +185,18 @@ class Engine:
             head.decodes, head.context_tokens, head.prefill_tokens, head.prefill_pairs
         )
 
-    def _follow(self, steps: int, context_tokens: int) -> int:
+    def _follow(self, steps: int) -> int:
         """Let that many decode steps of the group, or none, run behind the head, if there is
         one; returns when the train ends."""
         end_ps = self._clock_ps
         if self._head is not None:
             end_ps += self._head_ps
         if steps:
-            members = self.scheduler.members
+            scheduler = self.scheduler
+            members = scheduler.members
+            context_tokens = scheduler.offsets + members * scheduler.clock
+            if self._following is not None:
+                context_tokens = self._following.context_tokens
             slope_ps = self.step_time.slope_ps[members]
             step_ps = self.step_time.base_ps[members] + slope_ps * context_tokens
             growth_ps = slope_ps * members

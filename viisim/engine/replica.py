@@ -45,14 +45,16 @@ class Replica:
     def take(self, sequence: Sequence, now_ns: int) -> None:
         """A request is dispatched to this replica."""
         kernel = self._kernel
-        end_ns = self.engine.arrive(sequence, now_ns, kernel.step_end > (now_ns, self._priority))
+        step_ended = kernel.ended_ns == now_ns and kernel.ended_priority > self._priority
+        end_ns = self.engine.arrive(sequence, now_ns, step_ended)
         if end_ns is not None:
             self._call = kernel.call_at(end_ns, self._priority, self._step_end)
 
     def abort(self, sequence: Sequence, now_ns: int) -> None:
         """Withdraw a sequence; it is gone after the step in progress."""
         kernel = self._kernel
-        end_ns = self.engine.abort(sequence, now_ns, kernel.step_end > (now_ns, self._priority))
+        step_ended = kernel.ended_ns == now_ns and kernel.ended_priority > self._priority
+        end_ns = self.engine.abort(sequence, now_ns, step_ended)
         if end_ns is not None:
             self._call = kernel.call_at(end_ns, self._priority, self._step_end)
 
@@ -60,7 +62,7 @@ class Replica:
         if number != self._call:
             return  # an arrival has cut the train: its end came earlier
         engine, kernel = self.engine, self._kernel
-        kernel.step_end = (now_ns, self._priority)
+        kernel.ended_ns, kernel.ended_priority = now_ns, self._priority
         ended, end_ns = engine.finish(now_ns)
         if end_ns is not None:
             self._call = kernel.call_at(end_ns, self._priority, self._step_end)

@@ -507,11 +507,6 @@ class Scheduler:
 
     # -- many steps at once --
 
-    @property
-    def decode_context_tokens(self) -> int:
-        """Tokens that the members of the group attend to in its next step."""
-        return self.offsets + self.members * self.clock
-
     def decode_steps(self) -> int:
         """How many steps, from now on, are sure to be decode steps of the group and nothing
         else, if nothing arrives and nothing is aborted."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
+from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from viisim.engine.step_time import PS_PER_S, StepTime
 from viisim.records import ITL_EDGES_S
 
-_COLUMNS = 7
-#: Cells kept before they are summed up; bounds memory, and lets numpy pay.
-_CELLS = _COLUMNS << 14
+_ROW = Struct("=7q")
+#: Rows kept before they are summed up; bounds memory, and lets numpy pay.
+_ROWS = 1 << 14
 #: Whole picoseconds, so that the last bit of a floating-point edge decides nothing.
 _EDGES_PS = np.round(ITL_EDGES_S * PS_PER_S).astype(np.int64)
 
@@ -20,16 +20,18 @@ _EDGES_PS = np.round(ITL_EDGES_S * PS_PER_S).astype(np.int64)
 class StepLog:
     """Totals over all steps and the distribution of inter-token latencies.
 
-    `add((decodes, late, context_tokens, prefill_tokens, step_ps, growth_ps, steps))` notes
-    `steps` steps, of `step_ps` and then `growth_ps` longer each time, with `decodes` decoding
-    sequences attending to `context_tokens` tokens in the first of them; `late` of these had
-    missed a step before, so that this step's duration is not their gap. Noting a row is all
-    that happens per train; the arithmetic is done for many rows at once.
+    A row is (decodes, late, context_tokens, prefill_tokens, step_ps, growth_ps, steps): `steps`
+    steps, of `step_ps` and then `growth_ps` longer each time, with `decodes` decoding sequences
+    attending to `context_tokens` tokens in the first of them; `late` of these had missed a step
+    before, so that this step's duration is not their gap. Noting a row, `add(pack(...))`, is
+    all that happens per train; the arithmetic is done for many rows at once.
     """
 
+    pack = _ROW.pack
+
     def __init__(self, step_time: StepTime) -> None:
-        self._cells = array("q")
-        self.add = self._cells.extend
+        self._rows = bytearray()
+        self.add = self._rows.extend
         self.steps = 0
         self.busy_ps = 0
         self.prefill_tokens = 0
@@ -46,15 +48,15 @@ class StepLog:
 
     def fold_if_long(self) -> None:
         """Sum up the rows once there are many."""
-        if len(self._cells) >= _CELLS:
+        if len(self._rows) >= _ROWS * _ROW.size:
             self.fold()
 
     def fold(self) -> None:
         """Sum up the rows."""
-        if not self._cells:
+        if not self._rows:
             return
-        table = np.array(self._cells, dtype=np.int64).reshape(-1, _COLUMNS).T
-        del self._cells[:]
+        table = np.frombuffer(bytes(self._rows), dtype=np.int64).reshape(-1, 7).T
+        self._rows.clear()
         decodes, late, context_tokens, prefill_tokens, step_ps, growth_ps, steps = table
         self.steps += int(steps.sum())
         self.busy_ps += int((steps * step_ps + steps * (steps - 1) // 2 * growth_ps).sum())

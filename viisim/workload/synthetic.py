@@ -175,14 +175,9 @@ class Synthetic:
             if group >= 0:
                 pieces = ((group, prefix_tokens), (own, prompt - prefix_tokens))
                 blocks = (group,)
+            # By position, with the defaults written out: half the cost of naming them.
             view = RequestView(
-                f"r{index}",
-                model,
-                arrived_s,
-                prompt,
-                limit,
-                stream,
-                prefix_blocks=blocks,
-                prefix_block_tokens=prefix_tokens,
-            )
+                f"r{index}", model, arrived_s, prompt, limit, stream,
+                0, "", "", None, blocks, prefix_tokens,
+            )  # fmt: skip
             yield Request(view, ns, pieces, output)
