@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plain_engine import Key, PlainEngine
+from tests.random_scenarios import scenarios
 from viisim.conform import (
     Difference,
-    GoldenAbort,
     GoldenConfig,
     GoldenRequest,
     Line,
@@ -30,7 +30,6 @@ from viisim.conform import (
 from viisim.engine.blocks import BlockKey, BlockPool, Run
 from viisim.engine.stepwise import SteppedScheduler
 
-Pieces = tuple[tuple[int, int], ...]
 #: The content of one free block: None without a key, PRIVATE where nobody can look it up.
 Content = Key | str | None
 
@@ -173,99 +172,6 @@ def compared(scenario: Scenario) -> list[Line]:
 
 # --------------------------------------------------------------------------------------
 # Random scenarios
-
-
-def cut(pieces: Pieces, tokens: int) -> Pieces:
-    """The first `tokens` tokens."""
-    kept = []
-    for segment, length in pieces:
-        if tokens > 0:
-            kept.append((segment, min(length, tokens)))
-        tokens -= length
-    return tuple(kept)
-
-
-def length_of(pieces: Pieces) -> int:
-    return sum(length for _, length in pieces)
-
-
-@st.composite
-def configs(draw: st.DrawFn, is_async: bool) -> GoldenConfig:
-    block_size = draw(st.sampled_from([1, 2, 3, 4, 4, 8, 16]))
-    usable_blocks = draw(st.one_of(st.integers(8, 20), st.integers(8, 60)))
-    most_tokens = usable_blocks * block_size
-    chunked = draw(st.booleans())
-    budget = draw(st.one_of(st.integers(1, 24), st.integers(16, 128)))
-    return GoldenConfig(
-        name="random",
-        num_blocks=usable_blocks + 1,
-        block_size=block_size,
-        max_num_active_seqs=draw(st.integers(1, 8)),
-        max_num_batched_tokens=budget if chunked else budget + most_tokens,
-        max_model_len=draw(st.integers(min(8, most_tokens), most_tokens)),
-        enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
-        enable_chunked_prefill=chunked,
-        policy=draw(st.sampled_from(["fcfs", "priority"])),
-        long_prefill_token_threshold=draw(st.sampled_from([0, 0, 1, 5, 16])),
-        long_prefill_token_threshold_adaptive=draw(st.booleans()),
-        scheduler_reserve_full_isl=draw(st.booleans()),
-        watermark_blocks=draw(st.sampled_from([0, 0, 1, 3])),
-        async_scheduling=is_async,
-    )
-
-
-@st.composite
-def prompts(draw: st.DrawFn, config: GoldenConfig, earlier: list[GoldenRequest]) -> Pieces:
-    """Made of few segments and of earlier prompts, with or without their outputs."""
-    size = config.block_size
-    lengths = st.one_of(st.sampled_from([size, 2 * size, 4 * size]), st.integers(1, 3 * size + 2))
-    pieces: Pieces = ()
-    if earlier:
-        other = draw(st.sampled_from(earlier))
-        match draw(st.sampled_from(["new", "equal", "branch", "continued"])):
-            case "equal":
-                return other.prompt
-            case "branch":
-                pieces = cut(other.prompt, draw(st.integers(1, other.prompt_tokens)))
-            case "continued":
-                outputs = draw(st.integers(1, other.output_tokens))
-                pieces = (*other.prompt, (other.out_seg, outputs))
-    if not pieces or draw(st.booleans()):
-        pieces += tuple(
-            draw(st.lists(st.tuples(st.integers(1, 3), lengths), min_size=1, max_size=2))
-        )
-    return cut(pieces, config.max_model_len - 1)
-
-
-@st.composite
-def scenarios(draw: st.DrawFn, is_async: bool = False) -> Scenario:
-    """Small pools under pressure, shared prefixes, ties, aborts."""
-    config = draw(configs(is_async))
-    requests: list[GoldenRequest] = []
-    step = 0
-    for number in range(draw(st.integers(2, 12))):
-        prompt = draw(prompts(config, requests))
-        step += draw(st.sampled_from([0, 0, 0, 1, 2, 7]))
-        requests.append(
-            GoldenRequest(
-                id=f"r{number}",
-                arrival_step=step,
-                arrival_time=draw(st.integers(0, 3)),
-                prompt_tokens=length_of(prompt),
-                output_tokens=draw(st.integers(1, 6 * config.block_size)),
-                priority=draw(st.integers(0, 2)),
-                prompt=prompt,
-                out_seg=draw(st.sampled_from([90, 91, 100 + number])),
-            )
-        )
-    ids = st.sampled_from([request.id for request in requests])
-    aborts = draw(
-        st.lists(
-            st.builds(GoldenAbort, ids, st.integers(0, 60), st.sampled_from(["before", "after"])),
-            max_size=4,
-        )
-    )
-    return Scenario("random", config, tuple(requests), tuple(aborts), ())
 
 
 @given(scenarios())

@@ -353,17 +353,16 @@ def _watch(
     counters: Any,
     on_progress: Progress | None,
 ) -> None:
-    """Wait for all, or for the first failure, passing on how far each seed has come."""
+    """Wait for all, passing on how far each seed has come. Raises the first failure."""
+    glance_s = None if on_progress is None else _GLANCE_S
     pending: set[Future[SeedResult]] = set(futures)
-    while pending and not any(f.done() and f.exception() for f in futures):
-        glance_s = None if on_progress is None else _GLANCE_S
-        _, pending = wait(pending, glance_s, FIRST_EXCEPTION)
+    while pending:
+        done, pending = wait(pending, glance_s, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
         if on_progress is not None:
             for index, seed in enumerate(seeds):
                 on_progress(seed, counters[2 * index], counters[2 * index + 1])
-    for future in futures:
-        if future.done():
-            future.result()
 
 
 _counters: Any = None
