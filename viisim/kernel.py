@@ -46,17 +46,17 @@ class Kernel(simpy.Environment):
         callbacks and events have been scheduled by then."""
         if until_ns is not None:
             self.call_at(until_ns, _LAST, self._stop)
-        queue = self._queue
+        queue, simpy_event = self._queue, simpy.Event
         try:
             while queue:
                 item = heappop(queue)
                 now_ns, _, number, callback = item
-                if isinstance(callback, simpy.Event):
+                if isinstance(callback, simpy_event):
                     heappush(queue, item)
                     self.step()
-                    continue
-                self._now = now_ns
-                callback(now_ns, number)
+                else:
+                    self._now = now_ns
+                    callback(now_ns, number)
         except _Stopped:
             pass
         return next(self._eid)

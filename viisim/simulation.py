@@ -7,6 +7,7 @@ nothing else differs. Simulated time is integer nanoseconds from 0; the core is 
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,6 +163,8 @@ class Simulation:
         self._delivering = False
         self._timer_ns: int | None = None
         self._arrivals = 0
+        self._scraped: deque[tuple[str, float, int, int, float]] = deque()
+        """Samples on their way to the core."""
         self._rows = _Columns(REQUEST_COLUMNS)
         self._samples = _Columns(SAMPLE_COLUMNS)
 
@@ -209,21 +212,20 @@ class Simulation:
         """Sample every replica, for the records and as gauges for the core."""
         if self._next is None and not self._flights:
             return
-        sampled = []
+        sampled_s = now_ns / NS_PER_S
         for replica in self._replicas.values():
             running, waiting, used = replica.engine.gauges(now_ns)
             self._samples.add(self._samples.pack(now_ns, replica.index, running, waiting, used))
-            usable = replica.engine.scheduler.settings.usable_blocks
-            sampled.append((replica.id, running, waiting, used / usable))
-        sampled_s = now_ns / NS_PER_S
-
-        def deliver(now_ns: int, _: int) -> None:
-            now_s = now_ns / NS_PER_S
-            for replica_id, running, waiting, usage in sampled:
-                self._deliver(Gauges(now_s, replica_id, sampled_s, running, waiting, usage))
-
-        self._kernel.call_at(now_ns + self._delay_ns, DELIVERY, deliver)
+            usage = used / replica.engine.scheduler.settings.usable_blocks
+            self._scraped.append((replica.id, sampled_s, running, waiting, usage))
+        self._kernel.call_at(now_ns + self._delay_ns, DELIVERY, self._deliver_gauges)
         self._kernel.call_at(now_ns + self._scrape_ns, SCRAPE, self._scrape)
+
+    def _deliver_gauges(self, now_ns: int, _: int) -> None:
+        """The oldest scrape on the way arrives."""
+        now_s = now_ns / NS_PER_S
+        for _replica in self._replicas:
+            self._deliver(Gauges(now_s, *self._scraped.popleft()))
 
     def _on_steps(self, replica: Replica, ended: Collection[_Flight], now_ns: int) -> None:
         """A replica's step has ended: tell the core what a driver would see."""
@@ -285,7 +287,7 @@ class Simulation:
         now_ns = flight.dispatched_ns = self._kernel.now
         flight.attempt = action.attempt
         flight.priority = action.engine_priority
-        flight.arrival = now_ns
+        flight.arrival = float(now_ns)
         if flight.prompt_tokens < replica.engine.scheduler.settings.max_model_len:
             replica.take(flight, now_ns)
         else:

@@ -113,8 +113,9 @@ def seed_list(text: str) -> list[int]:
 
 def worthwhile_jobs(experiment: Experiment) -> int:
     """As many processes as there are seeds and processors, but none that would not pay."""
-    workload = experiment.workload
-    requests = workload.requests if workload.kind == "synthetic" else workload.limit
-    work = len(experiment.seeds) * (requests or _REQUESTS_PER_PROCESS)
-    most = min(len(experiment.seeds), os.cpu_count() or 1)
-    return max(1, min(most, work // _REQUESTS_PER_PROCESS))
+    seeds = len(experiment.seeds)
+    most = min(seeds, os.cpu_count() or 1)
+    if most == 1:
+        return 1
+    requests = seeds * experiment.build_workload().total_requests
+    return max(1, min(most, requests // _REQUESTS_PER_PROCESS))
