@@ -1,13 +1,14 @@
 """Everything about the package is in pyproject.toml; this file only compiles, if asked to.
 
-    VIISIM_COMPILE=1 pip install -e .
+    pip install -e '.[fast]'
+    python setup.py build_ext --inplace
 
 compiles the simulator's hot modules with mypyc: the same sources, the same results to the bit,
-about twice the speed. It needs a C compiler. After an edit of these modules, install again (or
-delete the `*.so` files beside them): Python prefers the compiled module to the source.
+about twice the speed. It needs a C compiler. After an edit of these modules compile again, or
+delete the `*.so` files: Python prefers a compiled module to its source.
 """
 
-import os
+import sys
 
 from setuptools import setup
 
@@ -24,12 +25,9 @@ HOT_MODULES = [
     "viisim/simulation.py",
 ]
 
-if os.environ.get("VIISIM_COMPILE"):
-    try:
-        from mypyc.build import mypycify
-    except ImportError:  # setuptools asks for the requirements before it has them
-        setup(setup_requires=["mypy>=1.13", "numpy", "simpy"])
-    else:
-        setup(ext_modules=mypycify([*HOT_MODULES, "--ignore-missing-imports"]))
+if "build_ext" in sys.argv:
+    from mypyc.build import mypycify
+
+    setup(ext_modules=mypycify([*HOT_MODULES, "--follow-imports=silent"]))
 else:
     setup()

@@ -32,6 +32,12 @@ class Exits(Policy):
     def place(self, request, view):
         raise SystemExit(0)
 
+class TickInWords(Policy):
+    tick_s = "soon"
+
+    def place(self, request, view):
+        return Hold()
+
 class MixedRanks(Policy):
     def rank(self, request):
         return "a" if request.prompt_tokens % 2 else 1
@@ -44,6 +50,7 @@ FAULTS = {
     "Elsewhere": "unknown replica 'r77'",
     "Raises": "ValueError: first line second line",
     "Exits": "SystemExit: 0",
+    "TickInWords": "TypeError: '>' not supported",
     "MixedRanks": "TypeError: '<' not supported",
 }
 """What is said of each."""

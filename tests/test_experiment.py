@@ -11,6 +11,7 @@ import yaml
 
 from policies.interface import PolicyError
 from policies.registry import policy_names
+from policies.scaffold import scaffold
 from tests.small_experiment import FAULTS, SMALL, small_file, small_trace
 from viisim import Run, simulate
 from viisim.config import Experiment, experiment_from, load_experiment
@@ -219,16 +220,13 @@ def test_everything_that_is_read_is_hashed(tmp_path: Path) -> None:
 
 
 def test_a_manifest_holds_no_path_of_this_machine(tmp_path: Path) -> None:
-    path = small_trace(tmp_path)
-    run = simulate(
-        small_file(tmp_path),
-        workload={"kind": "trace", "path": str(path)},
-        policy={"class": f"{tmp_path / 'faulty.py'}:MixedRanks"},
-        seeds=[1],
-    )
+    (tmp_path / "mine.py").write_text(scaffold("mine")["mine.py"])
+    workload = {"kind": "trace", "path": str(small_trace(tmp_path))}
+    policy = {"class": f"{tmp_path / 'mine.py'}:Mine"}
+    run = simulate(yaml.safe_load(SMALL), workload=workload, policy=policy)
     manifest = json.dumps(run.manifest)
     assert str(tmp_path) not in manifest
-    assert "faulty.py:MixedRanks" in manifest
+    assert run.manifest["config"]["policy"] == {"class": "mine.py:Mine"}
 
 
 # -- the experiments that ship --------------------------------------------------------------

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
+from policies.core import SchedulerCore
 from policies.interface import Policy, PolicyError
 from policies.journal import Segment
 from viisim.config import (
@@ -145,13 +146,17 @@ def step_time_of(profile: Profile, max_num_seqs: int) -> StepTime:
 # Whose fault
 
 
+_ASKING = (SchedulerCore.__init__.__code__, SchedulerCore.handle.__code__)
+"""Where a policy is asked, and its answers are used."""
+
+
 def _is_fault_of(policy: Policy, error: BaseException) -> bool:
     """Whether the policy's author must repair it: an answer that the core refuses or cannot
     compare (a lane that is no key, ranks of several types), or an exception in the policy's
     own code."""
     if isinstance(error, PolicyError):
         return True
-    asked = any(frame.name == "handle" for frame in traceback.extract_tb(error.__traceback__))
+    asked = any(frame.f_code in _ASKING for frame, _ in traceback.walk_tb(error.__traceback__))
     unusable = isinstance(error, TypeError) and asked
     return asked and (unusable or _own_frame(policy, error) is not None)
 
