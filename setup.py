@@ -28,6 +28,6 @@ HOT_MODULES = [
 if "build_ext" in sys.argv:
     from mypyc.build import mypycify
 
-    setup(ext_modules=mypycify([*HOT_MODULES, "--follow-imports=silent"]))
+    setup(ext_modules=mypycify([*HOT_MODULES, "--follow-imports=silent"], group_name="viisim.hot"))
 else:
     setup()

@@ -275,6 +275,23 @@ def test_ctrl_c_leaves_nothing_behind(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+def test_a_killed_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    endless = ["--set", "workload.requests=1000000", "--seeds", "2", "--jobs", "2", "--out", "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "viisim", "run", str(small_file(tmp_path)), *endless],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+    while not list(tmp_path.glob(".run.partial-*")):
+        assert process.poll() is None
+    process.terminate()
+    assert process.communicate(timeout=30) == (None, b"")
+    assert process.returncode == 130
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["faulty.py", "small.yaml"]
+
+
 def test_an_error_of_ours_is_not_blamed_on_the_user(
     viisim: Viisim, monkeypatch: pytest.MonkeyPatch
 ) -> None:

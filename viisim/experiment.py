@@ -7,10 +7,10 @@ seeds nor on the number of processes.
 
 from __future__ import annotations
 
-import inspect
 import json
 import multiprocessing
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,24 +74,20 @@ def run_seed(
     policy = experiment.policy.make()
     limits = experiment.limits.limits()
     head = Segment(resolved(experiment)["policy"], seed, limits)
-    try:
-        with nullcontext() if journal is None else JournalWriter(journal, head) as writer:
-            result = Simulation(
-                replica_specs(experiment),
-                policy,
-                workload.requests(seed),
-                seed=seed,
-                scrape_s=experiment.cluster.scrape_s,
-                scrape_delay_s=experiment.cluster.scrape_delay_s,
-                limits=limits,
-                until_s=experiment.max_sim_s,
-                journal=writer,
-                on_progress=report,
-            ).run()
-    except (Exception, SystemExit) as error:
-        if not _is_fault_of(policy, error):
-            raise
-        raise PolicyError(_fault(policy, error)) from error
+    journaling = nullcontext() if journal is None else JournalWriter(journal, head)
+    with _blaming(policy), journaling as writer:
+        result = Simulation(
+            replica_specs(experiment),
+            policy,
+            workload.requests(seed),
+            seed=seed,
+            scrape_s=experiment.cluster.scrape_s,
+            scrape_delay_s=experiment.cluster.scrape_delay_s,
+            limits=limits,
+            until_s=experiment.max_sim_s,
+            journal=writer,
+            on_progress=report,
+        ).run()
     if report is not None:
         report(total)
     return result
@@ -145,9 +141,19 @@ def step_time_of(profile: Profile, max_num_seqs: int) -> StepTime:
 # --------------------------------------------------------------------------------------
 # Whose fault
 
-
 _ASKING = (SchedulerCore.__init__.__code__, SchedulerCore.handle.__code__)
 """Where a policy is asked, and its answers are used."""
+
+
+@contextmanager
+def _blaming(policy: Policy) -> Iterator[None]:
+    """Turns the policy's faults in the block into PolicyError, one line each; ours pass."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not _is_fault_of(policy, error):
+            raise
+        raise PolicyError(_fault(policy, error)) from error
 
 
 def _is_fault_of(policy: Policy, error: BaseException) -> bool:
@@ -164,7 +170,7 @@ def _is_fault_of(policy: Policy, error: BaseException) -> bool:
 def _own_frame(policy: Policy, error: BaseException) -> traceback.FrameSummary | None:
     """The innermost call inside a file that defines the policy, or a class it derives from."""
     classes = type(policy).__mro__
-    own = {inspect.getsourcefile(kind) for kind in classes[: classes.index(Policy)]}
+    own = {_file_of(kind) for kind in classes[: classes.index(Policy)]}
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame for frame in reversed(frames) if frame.filename in own), None)
 
@@ -177,17 +183,16 @@ def _fault(policy: Policy, error: BaseException) -> str:
         text = f"{type(error).__name__}: {text}"
     frame = _own_frame(policy, error)
     where = f", line {frame.lineno}, in {frame.name}" if frame else ""
-    file = inspect.getsourcefile(kind)
+    path, here = Path(_file_of(kind) or "?"), Path.cwd()
+    shown = path.relative_to(here) if path.is_relative_to(here) else path
     return (
-        f"policy {kind.__qualname__} ({_shown(file)}{where}): {text}; repair it with the help of "
-        f"`viisim check {_shown(file)}:{kind.__qualname__}`"
+        f"policy {kind.__qualname__} ({shown}{where}): {text}; repair it with the help of "
+        f"`viisim check {shown}:{kind.__qualname__}`"
     )
 
 
-def _shown(file: str | None) -> str:
-    """A file's path from here, or in full when it lies elsewhere."""
-    path = Path(file or "?")
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+def _file_of(kind: type) -> str | None:
+    return getattr(sys.modules.get(kind.__module__), "__file__", None)
 
 
 # --------------------------------------------------------------------------------------
@@ -400,7 +405,7 @@ def input_hashes(experiment: Experiment) -> dict[str, str]:
     }
     if isinstance(experiment.workload, TraceWorkload):
         hashes["workload.path"] = file_hash(experiment.workload.file)
-    source = inspect.getsourcefile(type(experiment.policy.make()))
+    source = _file_of(type(experiment.policy.make()))
     if source is not None:
         hashes["policy"] = file_hash(Path(source))
     return hashes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -63,6 +64,8 @@ def _options(
 
 def main() -> None:
     """Run the command line: the entry point of `viisim` and of `python -m viisim`."""
+    # Asked to end (`kill`, a job's time limit): clean up as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(prog_name="viisim")
     except Exception as error:
