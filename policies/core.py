@@ -289,6 +289,8 @@ class SchedulerCore:
         if replica.state != "ready" or replica.probing:
             self._check_takes_requests(replica, action)
             view.forget_ready()
+        if action.engine_priority and type(action.engine_priority) is not int:
+            raise InvalidAction(f"{action}: engine_priority is an integer, smaller first")
         entry.attempt += 1
         entry.state = IN_FLIGHT
         entry.replica = replica
@@ -386,7 +388,7 @@ class SchedulerCore:
         if view.id in self._entries:
             raise ValueError(f"request id {view.id!r} is already in use")
         policy = self.policy
-        lane = view.model if self._default_lane else policy.lane(view)
+        lane = view.model if self._default_lane else self._lane(view)
         rank = view.arrived_s if self._default_rank else policy.rank(view)
         self._order += 1
         entry = Entry(view, lane, rank, self._order)
@@ -399,6 +401,16 @@ class SchedulerCore:
         if policy.tick_s is not None and not self._plan_armed:
             self._arm_plan()
         return True
+
+    def _lane(self, request: RequestView) -> Hashable:
+        lane = self.policy.lane(request)
+        try:
+            hash(lane)
+        except TypeError:
+            raise InvalidAction(
+                f"lane answered {lane!r}: answer something hashable, such as a string or a tuple"
+            ) from None
+        return lane
 
     def _on_first_token(self, event: FirstToken) -> bool:
         entry = self._current(event)

@@ -6,15 +6,14 @@ priorities, gauges read mid-run, several replicas, and ties at almost every inst
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 
-from tests.random_scenarios import GaugeReader, Heard, Watcher, World, simulation, worlds
+from tests.random_scenarios import Heard, World, simulation, worlds
 from viisim.records import ReplicaTotals, SeedResult
 
 FUZZ = settings(max_examples=100, derandomize=True, deadline=None)

@@ -45,7 +45,7 @@ class Kernel(simpy.Environment):
         """Run until nothing is left, or up to and including `until_ns`; returns how many
         callbacks and events have been scheduled by then."""
         if until_ns is not None:
-            self.call_at(until_ns, _LAST, self._stop)
+            self.call_at(until_ns, _LAST, self.stop)
         queue, simpy_event = self._queue, simpy.Event
         try:
             while queue:
@@ -61,7 +61,8 @@ class Kernel(simpy.Environment):
             pass
         return next(self._eid)
 
-    def _stop(self, now_ns: int, number: int) -> None:
+    def stop(self, now_ns: int, number: int) -> None:
+        """End `run_calls`; itself a callback."""
         raise _Stopped
 
 
@@ -70,4 +71,4 @@ _LAST = 1 << 30
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
-    """The time to run until has come."""
+    """`Kernel.stop` was called."""

@@ -63,6 +63,8 @@ from viisim.records import (
 from viisim.workload.request import Request
 
 NS_PER_S = 10**9
+#: A policy that holds requests for so long while every replica is idle will hold them for ever.
+_PATIENCE_NS = 3600 * NS_PER_S
 _TOO_LONG = "prompt too long"
 
 
@@ -113,8 +115,9 @@ class Simulation:
     """One run: a policy, replicas, and requests in order of arrival.
 
     Requests whose prompt a replica cannot take (prompt >= max_model_len) are refused, as vLLM's
-    front end does, and counted. With `until_s` the run stops there and what is still in the
-    system counts as unfinished; without it, the run ends with the last request.
+    front end does, and counted. The run ends with the last request, at `until_s`, or when the
+    policy has held requests for an hour of simulated time while every replica was idle; what is
+    then still in the system counts as unfinished.
     """
 
     def __init__(
@@ -163,6 +166,7 @@ class Simulation:
         self._delivering = False
         self._timer_ns: int | None = None
         self._arrivals = 0
+        self._idle_since_ns = 0
         self._scraped: deque[tuple[str, float, int, int, float]] = deque()
         """Samples on their way to the core."""
         self._rows = _Columns(REQUEST_COLUMNS)
@@ -208,10 +212,15 @@ class Simulation:
         self._timer_ns = None
         self._deliver(Tick(now_ns / NS_PER_S))
 
-    def _scrape(self, now_ns: int, _: int) -> None:
+    def _scrape(self, now_ns: int, number: int) -> None:
         """Sample every replica, for the records and as gauges for the core."""
-        if self._next is None and not self._flights:
-            return
+        if self._next is None:
+            if not self._flights:
+                return
+            if any(not replica.engine.is_idle for replica in self._replicas.values()):
+                self._idle_since_ns = now_ns
+            elif now_ns > self._idle_since_ns + _PATIENCE_NS:
+                self._kernel.stop(now_ns, number)
         sampled_s = now_ns / NS_PER_S
         for replica in self._replicas.values():
             running, waiting, used = replica.engine.gauges(now_ns)

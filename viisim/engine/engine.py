@@ -125,6 +125,11 @@ class Engine:
             used += scheduler.blocks_for(over if self._head is not None else over + 1)
         return len(scheduler.running), len(scheduler.waiting), used
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being computed."""
+        return not self._train
+
     # -- starting --
 
     def _begin(self, now_ns: int) -> int | None:
