@@ -211,7 +211,8 @@ class World:
     make_policy: Callable[[], Policy]
     scrape_s: float
     scrape_delay_s: float
-    until_s: float | None = None
+    until_s: float
+    """Later than any of these runs can last, so that one that hangs fails instead."""
 
 
 class Heard:
@@ -279,7 +280,7 @@ def worlds(draw: st.DrawFn, stops_early: bool = False) -> World:
         make_policy=partial(policy, gauge, most_inflight),
         scrape_s=draw(st.sampled_from([5e-5, 1e-4, 3e-4, 7.3e-4, 1e-2])),
         scrape_delay_s=draw(st.sampled_from([0.0, 5e-5, 1e-4, 2.2e-4])),
-        until_s=draw(st.integers(1, 60)) * 1e-4 if stops_early else None,
+        until_s=draw(st.integers(1, 60)) * 1e-4 if stops_early else 2.0,
     )
 
 

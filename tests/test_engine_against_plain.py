@@ -11,13 +11,15 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plain_engine import Key, PlainEngine
-from tests.random_scenarios import scenarios
+from tests.random_scenarios import Pieces, length_of, scenarios
 from viisim.conform import (
     Difference,
+    GoldenAbort,
     GoldenConfig,
     GoldenRequest,
     Line,
@@ -195,3 +197,202 @@ def test_outputs_that_nobody_can_name_need_no_place_in_the_tree(scenario: Scenar
     scenario = replace(scenario, requests=unnamed)
     found = difference(scenario, secret, plain_lines(scenario))
     assert found is None, str(found)
+
+
+# --------------------------------------------------------------------------------------
+# Rare situations, made by hand
+
+
+def config(**changes: Any) -> GoldenConfig:
+    """Blocks of 4 tokens, 20 usable ones, and nothing in short supply."""
+    values: dict[str, Any] = {
+        "name": "by hand",
+        "num_blocks": 21,
+        "block_size": 4,
+        "max_num_active_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 64,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "policy": "fcfs",
+        "long_prefill_token_threshold": 0,
+        "long_prefill_token_threshold_adaptive": False,
+        "scheduler_reserve_full_isl": True,
+        "watermark_blocks": 0,
+    }
+    return GoldenConfig(**values | changes)
+
+
+def run(
+    config: GoldenConfig,
+    *requests: tuple[int, Pieces, int] | tuple[int, Pieces, int, int],
+    aborts: tuple[GoldenAbort, ...] = (),
+) -> list[Line]:
+    """Requests (arrival step, prompt, outputs[, output segment]) through all engines."""
+    golden = tuple(
+        GoldenRequest(
+            id=f"r{number}",
+            arrival_step=step,
+            arrival_time=step,
+            prompt_tokens=length_of(prompt),
+            output_tokens=outputs,
+            priority=0,
+            prompt=prompt,
+            out_seg=segment[0] if segment else 100 + number,
+        )
+        for number, (step, prompt, outputs, *segment) in enumerate(requests)
+    )
+    return compared(Scenario("by hand", config, golden, aborts, ()))
+
+
+def hits(lines: list[Line]) -> dict[str, list[int]]:
+    """Hit tokens of each request, admission by admission."""
+    found: dict[str, list[int]] = {}
+    for line in lines:
+        for request_id, tokens in line["cached"]:
+            found.setdefault(request_id, []).append(tokens)
+    return found
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_equal_prompts_of_whole_blocks_hit_all_but_the_last_block(is_async: bool) -> None:
+    """R11: the last token is computed, hence its block, a duplicate that is registered (R13)."""
+    same = ((1, 12),)
+    lines = run(config(async_scheduling=is_async), (0, same, 3), (0, same, 3), (9, same, 1))
+    assert hits(lines) == {"r0": [0], "r1": [8], "r2": [8]}
+    assert lines[0]["hashes"] == 3
+    assert lines[0]["free_blocks"] == 20 - 4
+
+
+def test_a_duplicate_outlives_the_eviction_of_the_holder_registered_first() -> None:
+    """R13: the content stays found while either holder has it.
+
+    Both run [1]*12 (r1's third block is a duplicate); r0 ends and is evicted by r2 while r1 still
+    runs; r3 then hits what r1 holds.
+    """
+    same = ((1, 13),)
+    lines = run(
+        config(num_blocks=13),
+        (0, ((1, 12),), 1),
+        (0, ((1, 12),), 30),
+        (2, ((2, 28),), 1),
+        (4, same, 1),
+    )
+    assert hits(lines) == {"r0": [0], "r1": [8], "r2": [0], "r3": [12]}
+
+
+def test_a_prefix_that_ends_within_a_held_stretch_splits_it() -> None:
+    """r0 runs with ten blocks of content; r1 shares four, r2 six, r3 all but the last."""
+    lines = run(
+        config(num_blocks=60),
+        (0, ((1, 41),), 20),
+        (2, ((1, 16), (2, 9)), 12),
+        (3, ((1, 27), (3, 5)), 12),
+        (4, ((1, 40),), 12),
+        (30, ((1, 33),), 2),
+    )
+    assert hits(lines) == {"r0": [0], "r1": [16], "r2": [24], "r3": [36], "r4": [32]}
+
+
+def test_prompts_that_branch_within_a_block_share_what_comes_before_it() -> None:
+    lines = run(
+        config(),
+        (0, ((1, 10), (2, 6)), 2),
+        (1, ((1, 10), (3, 6)), 2),
+        (2, ((1, 10), (2, 6), (4, 1)), 2),
+        (3, ((1, 11), (2, 6)), 2),
+    )
+    assert hits(lines) == {"r0": [0], "r1": [8], "r2": [16], "r3": [8]}
+
+
+def test_the_shallow_part_of_an_evicted_prompt_is_hit_and_the_rest_registered_again() -> None:
+    """R10: of one release the deepest blocks go first.
+
+    r0 leaves ten keyed blocks; r1 takes the ten that were never used and the three deepest of
+    r0's; r2 has r0's prompt and finds seven.
+    """
+    lines = run(
+        config(),
+        (0, ((1, 40),), 1),
+        (1, ((2, 52),), 1),
+        (2, ((1, 41),), 1),
+        (3, ((1, 41),), 1),
+    )
+    assert hits(lines) == {"r0": [0], "r1": [0], "r2": [28], "r3": [40]}
+
+
+def test_decodes_beyond_the_budget_starve_in_their_place() -> None:
+    """R1: the budget is used up in running order; r2 decodes only when r0 has ended."""
+    lines = run(
+        config(max_num_batched_tokens=2),
+        (0, ((1, 1),), 6),
+        (0, ((2, 1),), 6),
+        (0, ((3, 1),), 6),
+    )
+    assert [dict(line["scheduled"]) for line in lines[:6]] == [{"r0": 1, "r1": 1}] * 6
+    assert lines[5]["finished"] == ["r0", "r1"]
+    assert lines[6]["scheduled"] == [["r2", 1]]
+
+
+def test_a_blocked_head_is_admitted_once_a_running_sequence_has_its_content() -> None:
+    """R8, R11, R12: r1's prompt is r0's prompt, 16 of its outputs and 4 more: 6 of 6 blocks.
+
+    In steps 2 and 3 r0 holds two blocks of which one is keyed, so r1 lacks one. In step 4 r0's
+    second block is full and keyed: r1 hits both, and nothing but decoding has let it in.
+    """
+    prompt = ((1, 4), (100, 16), (2, 4))
+    lines = run(config(num_blocks=7), (0, ((1, 4),), 12), (2, prompt, 2))
+    admitted = next(line for line in lines if "r1" in line["new"])
+    assert (admitted["step"], admitted["cached"]) == (4, [["r1", 8]])
+    assert admitted["running"] == ["r0", "r1"]
+
+
+def test_a_head_too_long_for_the_rest_of_the_budget_enters_with_the_next_step() -> None:
+    """R7 with chunked prefill off: nothing but the step's end is needed."""
+    lines = run(
+        config(enable_chunked_prefill=False, max_num_batched_tokens=40),
+        (0, ((1, 30),), 3),
+        (0, ((2, 30),), 3),
+    )
+    assert lines[0]["new"] == ["r0"]
+    assert lines[1]["new"] == ["r1"]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_preempted_sequence_finds_its_own_prompt_and_outputs_again(is_async: bool) -> None:
+    """R5, R11: two sequences outgrow seven blocks; the later one resumes on its own blocks."""
+    lines = run(
+        config(num_blocks=8, async_scheduling=is_async),
+        (0, ((1, 9),), 12),
+        (0, ((2, 9),), 12),
+    )
+    preempted = [line["preempted"] for line in lines if line["preempted"]]
+    assert preempted == [["r1"]]
+    assert hits(lines)["r1"][1] >= 8
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_equal_requests_go_on_being_equal_in_their_outputs(is_async: bool) -> None:
+    """Shared output segments: both holders key the same decode blocks, step by step (R13)."""
+    same = ((1, 6),)
+    lines = run(
+        config(async_scheduling=is_async),
+        (0, same, 14, 90),
+        (0, same, 14, 90),
+        (5, same, 14, 90),
+        (30, ((1, 6), (90, 12), (2, 2)), 2),
+    )
+    assert hits(lines)["r3"] == [16]
+
+
+@pytest.mark.parametrize("phase", ["before", "after"])
+def test_blocks_of_an_aborted_prefill_stay_in_the_cache(phase: str) -> None:
+    """R16 and FORMAT 3.1: keyed when scheduled, whether or not computed."""
+    abort = GoldenAbort("r0", 1, "after" if phase == "after" else "before")
+    lines = run(
+        config(max_num_batched_tokens=8),
+        (0, ((1, 24),), 3),
+        (3, ((1, 24),), 3),
+        aborts=(abort,),
+    )
+    assert hits(lines)["r1"] == [16 if phase == "after" else 8]
