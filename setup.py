@@ -13,8 +13,6 @@ import sys
 from setuptools import setup
 
 HOT_MODULES = [
-    "policies/core.py",
-    "policies/state.py",
     "viisim/engine/sequence.py",
     "viisim/engine/blocks.py",
     "viisim/engine/scheduler.py",

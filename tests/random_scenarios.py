@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from hypothesis import strategies as st
@@ -282,6 +282,29 @@ def worlds(draw: st.DrawFn, stops_early: bool = False) -> World:
         scrape_delay_s=draw(st.sampled_from([0.0, 5e-5, 1e-4, 2.2e-4])),
         until_s=draw(st.integers(1, 60)) * 1e-4 if stops_early else 2.0,
     )
+
+
+@st.composite
+def timed_scenarios(draw: st.DrawFn, is_async: bool) -> tuple[World, Scenario]:
+    """A world of one replica that takes each request when it arrives; and its scenario. No
+    aborts: nobody but the engine decides anything."""
+    scenario = draw(scenarios(is_async))
+    in_step_order = (replace(r, arrival_time=r.arrival_step) for r in scenario.requests)
+    scenario = replace(scenario, requests=tuple(in_step_order))
+    grid_us = draw(st.sampled_from([50, 100, 150]))
+    world = World(
+        engine=SteppedScheduler(scenario.config).scheduler.settings,
+        step_time=draw(st.sampled_from(STEP_TIMES)),
+        replicas=1,
+        requests=tuple(
+            _simulated(request, grid_us, False, shareable=True) for request in scenario.requests
+        ),
+        make_policy=draw(st.sampled_from([GaugeReader, Watcher])),
+        scrape_s=draw(st.sampled_from([5e-5, 1e-4, 3e-4, 7.3e-4])),
+        scrape_delay_s=0.0,
+        until_s=2.0,
+    )
+    return world, scenario
 
 
 def _simulated(golden: GoldenRequest, grid_us: int, streamed: bool, shareable: bool) -> Request:

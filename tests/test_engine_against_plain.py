@@ -224,32 +224,38 @@ def config(**changes: Any) -> GoldenConfig:
 
 
 def run(
-    config: GoldenConfig,
-    *requests: tuple[int, Pieces, int] | tuple[int, Pieces, int, int],
-    aborts: tuple[GoldenAbort, ...] = (),
+    config: GoldenConfig, *requests: tuple[Any, ...], aborts: tuple[GoldenAbort, ...] = ()
 ) -> list[Line]:
-    """Requests (arrival step, prompt, outputs[, output segment]) through all engines."""
-    golden = tuple(
-        GoldenRequest(
-            id=f"r{number}",
-            arrival_step=step,
-            arrival_time=step,
-            prompt_tokens=length_of(prompt),
-            output_tokens=outputs,
-            priority=0,
-            prompt=prompt,
-            out_seg=segment[0] if segment else 100 + number,
-        )
-        for number, (step, prompt, outputs, *segment) in enumerate(requests)
-    )
+    """Requests (arrival step, prompt, outputs[, segment[, priority]]) through all engines."""
+    golden = tuple(_by_hand(number, *request) for number, request in enumerate(requests))
     return compared(Scenario("by hand", config, golden, aborts, ()))
+
+
+def _by_hand(
+    number: int,
+    step: int,
+    prompt: Pieces,
+    outputs: int,
+    segment: int | None = None,
+    priority: int = 0,
+) -> GoldenRequest:
+    return GoldenRequest(
+        id=f"r{number}",
+        arrival_step=step,
+        arrival_time=step,
+        prompt_tokens=length_of(prompt),
+        output_tokens=outputs,
+        priority=priority,
+        prompt=prompt,
+        out_seg=100 + number if segment is None else segment,
+    )
 
 
 def hits(lines: list[Line]) -> dict[str, list[int]]:
     """Hit tokens of each request, admission by admission."""
     found: dict[str, list[int]] = {}
     for line in lines:
-        for request_id, tokens in line["cached"]:
+        for request_id, tokens in line.get("cached", []):
             found.setdefault(request_id, []).append(tokens)
     return found
 
@@ -334,6 +340,22 @@ def test_decodes_beyond_the_budget_starve_in_their_place() -> None:
     assert lines[6]["scheduled"] == [["r2", 1]]
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_decode_starves_when_one_before_it_preempts_itself(is_async: bool) -> None:
+    """R3, R4: six blocks; r1 needs another one, is the least urgent, and ends the phase with
+    that: r2 behind it gets nothing though it runs, and goes on in the next step."""
+    lines = run(
+        config(num_blocks=7, policy="priority", async_scheduling=is_async),
+        (0, ((1, 3),), 8, None, 0),
+        (0, ((2, 4),), 8, None, 1),
+        (1, ((3, 3),), 8, None, 0),
+    )
+    starving = next(line for line in lines if line["preempted"])
+    assert starving["preempted"] == ["r1"]
+    assert starving["running"] == ["r0", "r2"]
+    assert starving["scheduled"] == [["r0", 1]]
+
+
 def test_a_blocked_head_is_admitted_once_a_running_sequence_has_its_content() -> None:
     """R8, R11, R12: r1's prompt is r0's prompt, 16 of its outputs and 4 more: 6 of 6 blocks.
 
@@ -341,7 +363,7 @@ def test_a_blocked_head_is_admitted_once_a_running_sequence_has_its_content() ->
     second block is full and keyed: r1 hits both, and nothing but decoding has let it in.
     """
     prompt = ((1, 4), (100, 16), (2, 4))
-    lines = run(config(num_blocks=7), (0, ((1, 4),), 12), (2, prompt, 2))
+    lines = run(config(num_blocks=7), (0, ((1, 4),), 12), (2, prompt, 1))
     admitted = next(line for line in lines if "r1" in line["new"])
     assert (admitted["step"], admitted["cached"]) == (4, [["r1", 8]])
     assert admitted["running"] == ["r0", "r1"]

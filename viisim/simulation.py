@@ -355,6 +355,8 @@ class Simulation:
         )
 
     def _result(self, events: int) -> SeedResult:
+        for replica in self._replicas.values():
+            replica.engine.catch_up(self._kernel.now)
         for flight in list(self._flights.values()):
             self._record(flight, UNFINISHED, _outputs_so_far(flight))
         requests = self._rows.arrays()

@@ -125,6 +125,14 @@ class Engine:
             used += scheduler.blocks_for(over if self._head is not None else over + 1)
         return len(scheduler.running), len(scheduler.waiting), used
 
+    def catch_up(self, now_ns: int) -> None:
+        """Book the steps of the train that are over by now, those that end now included; for
+        a simulation that stops within a train."""
+        over = self._steps_over(now_ns, step_ended=True)
+        if over:
+            self._train = over
+            self.finish(now_ns)
+
     @property
     def is_idle(self) -> bool:
         """Whether nothing is being computed."""
