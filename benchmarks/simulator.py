@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from policies.registry import policy_names
+from viisim import compiled
 from viisim.config import Experiment, experiment_from
 from viisim.experiment import replica_specs
 from viisim.metrics import summarise
@@ -53,6 +54,7 @@ def main() -> None:
     report = {
         **figures(result, seconds),
         "peak_rss_mib": round(peak_mib, 1),
+        "compiled": compiled.status(),
         "speedup_over_stepping": round(speedup_over_stepping(experiment), 2),
         "repetitions": len(seconds),
         "setting": {key: str(value) for key, value in vars(arguments).items() if value},

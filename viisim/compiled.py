@@ -6,13 +6,18 @@ import importlib.util
 from pathlib import Path
 from typing import Literal
 
-#: A module that is always among the compiled ones.
-_MODULES = ("policies.core", "viisim.engine.scheduler", "viisim.simulation")
+#: Those of the compiled modules that are edited most.
+_MODULES = (
+    "viisim.simulation",
+    "viisim.engine.engine",
+    "viisim.engine.scheduler",
+    "viisim.engine.blocks",
+)
 
 
 def status() -> Literal["no", "yes", "stale"]:
     """`stale`: a compiled module is older than the source beside it, and hides its edits."""
-    found = "no"
+    found: Literal["no", "yes"] = "no"
     for name in _MODULES:
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin) if spec and spec.origin else None
@@ -22,4 +27,4 @@ def status() -> Literal["no", "yes", "stale"]:
         source = origin.with_name(origin.name.split(".")[0] + ".py")
         if source.exists() and source.stat().st_mtime > origin.stat().st_mtime:
             return "stale"
-    return "yes" if found == "yes" else "no"
+    return found

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from viisim import __version__
+from viisim import __version__, compiled
 from viisim.cli.check import check
 from viisim.cli.conform import conform
 from viisim.cli.list import list_
@@ -60,6 +60,12 @@ def _options(
     ] = False,
 ) -> None:
     """Options of no command in particular."""
+    if compiled.status() == "stale":
+        typer.echo(
+            "warning: a compiled module is older than its source, whose edits have no effect; "
+            "compile again (python setup.py build_ext --inplace) or delete the .so files",
+            err=True,
+        )
 
 
 def main() -> None:
