@@ -63,8 +63,9 @@ from viisim.records import (
 from viisim.workload.request import Request
 
 NS_PER_S = 10**9
-#: A policy that holds requests for so long while every replica is idle will hold them for ever.
-_PATIENCE_NS = 3600 * NS_PER_S
+#: A policy that holds requests for so many scrapes, or ticks of its own, while every replica is
+#: idle and no timer is due, will hold them for ever.
+_PATIENCE = 1000
 _TOO_LONG = "prompt too long"
 
 
@@ -116,8 +117,7 @@ class Simulation:
 
     Requests whose prompt a replica cannot take (prompt >= max_model_len) are refused, as vLLM's
     front end does, and counted. The run ends with the last request, at `until_s`, or when the
-    policy has held requests for an hour of simulated time while every replica was idle; what is
-    then still in the system counts as unfinished.
+    policy holds requests for ever; what is then still in the system counts as unfinished.
     """
 
     def __init__(
@@ -202,6 +202,8 @@ class Simulation:
         following = self._next = next(self._requests, None)
         if following is not None:
             self._kernel.call_at(following.arrived_ns, ARRIVAL, self._arrive)
+        else:
+            self._idle_since_ns = now_ns
         self._deliver(Arrived(view.arrived_s, view))
         if self._on_progress is not None and not arrivals % 1024:
             self._on_progress(arrivals)
@@ -217,9 +219,7 @@ class Simulation:
         if self._next is None:
             if not self._flights:
                 return
-            if any(not replica.engine.is_idle for replica in self._replicas.values()):
-                self._idle_since_ns = now_ns
-            elif now_ns > self._idle_since_ns + _PATIENCE_NS:
+            if self._is_stuck(now_ns):
                 self._kernel.stop(now_ns, number)
         sampled_s = now_ns / NS_PER_S
         for replica in self._replicas.values():
@@ -229,6 +229,16 @@ class Simulation:
             self._scraped.append((replica.id, sampled_s, running, waiting, usage))
         self._kernel.call_at(now_ns + self._delay_ns, DELIVERY, self._deliver_gauges)
         self._kernel.call_at(now_ns + self._scrape_ns, SCRAPE, self._scrape)
+
+    def _is_stuck(self, now_ns: int) -> bool:
+        """Whether requests are held that nothing will ever release."""
+        tick_s = self.core.policy.tick_s
+        waits_for_timer = tick_s is None and self.core.next_timer_s() is not None
+        busy = any(not replica.engine.is_idle for replica in self._replicas.values())
+        if busy or waits_for_timer:
+            self._idle_since_ns = now_ns
+        beat_ns = max(self._scrape_ns, round((tick_s or 0) * NS_PER_S))
+        return now_ns > self._idle_since_ns + _PATIENCE * beat_ns
 
     def _deliver_gauges(self, now_ns: int, _: int) -> None:
         """The oldest scrape on the way arrives."""

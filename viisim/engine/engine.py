@@ -184,10 +184,10 @@ class Engine:
                     if sequence.started_ns < 0:
                         sequence.started_ns = now_ns
                 return batch
-            # Asynchronously, outputs on the way will change things. Otherwise somebody has
-            # preempted itself, which ends the step (R3); the engine's loop comes round at once.
-            if self._async:
-                return None
+            if self._train:
+                return None  # asynchronous: outputs on the way will change things
+            # Somebody has preempted itself, which ends the step (R3) with nothing scheduled;
+            # the engine's loop comes round at once.
             assert batch.preempted, "requests wait for ever: they do not fit the cache"
         return None
 
