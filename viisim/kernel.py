@@ -44,11 +44,10 @@ class Kernel(simpy.Environment):
     def run_calls(self, until_ns: int | None = None) -> int:
         """Run until nothing is left, or up to and including `until_ns`; returns how many
         callbacks and events have been scheduled by then."""
-        if until_ns is not None:
-            self.call_at(until_ns, _LAST, self.stop)
         queue, simpy_event = self._queue, simpy.Event
+        limit_ns = _NEVER_NS if until_ns is None else until_ns
         try:
-            while queue:
+            while queue and queue[0][0] <= limit_ns:
                 item = heappop(queue)
                 now_ns, _, number, callback = item
                 if isinstance(callback, simpy_event):
@@ -59,6 +58,9 @@ class Kernel(simpy.Environment):
                     callback(now_ns, number)
         except _Stopped:
             pass
+        else:
+            if queue and until_ns is not None:
+                self._now = until_ns
         return next(self._eid)
 
     def stop(self, now_ns: int, number: int) -> None:
@@ -66,8 +68,8 @@ class Kernel(simpy.Environment):
         raise _Stopped
 
 
-#: Behind everything else that is due at the same nanosecond.
-_LAST = 1 << 30
+#: Thirty years.
+_NEVER_NS = 10**18
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error

@@ -211,6 +211,8 @@ class Simulation:
     def _tick(self, now_ns: int, _: int) -> None:
         if now_ns != self._timer_ns:
             return  # the core no longer wants it
+        if self._next is None and not self._flights:
+            return  # the run is over, however long the policy would go on ticking
         self._timer_ns = None
         self._deliver(Tick(now_ns / NS_PER_S))
 
