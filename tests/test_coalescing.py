@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from tests.random_scenarios import Heard, World, simulation, worlds
 from viisim.records import ReplicaTotals, SeedResult
 
-FUZZ = settings(max_examples=100, derandomize=True, deadline=None)
+FUZZ = settings(max_examples=60, derandomize=True, deadline=None)
 
 
 def same_to_the_bit(left: SeedResult, right: SeedResult) -> None:

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plain_engine import Key, PlainEngine
@@ -37,10 +37,10 @@ Content = Key | str | None
 PRIVATE = "private"
 #: Output segments from here on appear in no prompt.
 PRIVATE_SEGMENTS = 1_000
-#: Far more than any scenario here needs; an engine that hangs fails instead.
+#: Two sequences may preempt each other for ever, in vLLM too; what comes later is not compared.
 MOST_STEPS = 4_000
 
-FUZZ = settings(max_examples=100, derandomize=True, deadline=None)
+FUZZ = settings(max_examples=60, derandomize=True, deadline=None)
 
 
 # --------------------------------------------------------------------------------------
@@ -141,16 +141,13 @@ def _watched(
 
 
 def plain_lines(scenario: Scenario) -> list[Line]:
-    """What the plain engine does. Two that preempt each other for ever, as they may in vLLM too
-    under priority scheduling, make no scenario."""
+    """What the plain engine does, as far as anybody wants to know."""
     engine = PlainEngine(scenario.config)
 
     def contents() -> list[Content]:
         return [PRIVATE if _is_private(key) else key for key in engine.free_queue()]
 
-    lines = list(islice(_watched(scenario, engine, contents), MOST_STEPS))
-    assume(len(lines) < MOST_STEPS)
-    return lines
+    return list(islice(_watched(scenario, engine, contents), MOST_STEPS))
 
 
 def difference(

@@ -33,6 +33,7 @@ from policies.interface import (
 )
 from policies.testing import request
 from tests.random_scenarios import (
+    LONG_S,
     STEP_TIMES,
     GaugeReader,
     Heard,
@@ -141,7 +142,7 @@ def test_free_and_used_blocks_add_up_after_every_step_i4(scenario: Scenario) -> 
 @given(st.booleans().flatmap(timed_scenarios))
 @FUZZ
 def test_no_engine_idles_while_it_has_requests_i5(pair: tuple[World, Scenario]) -> None:
-    drive(Engine(pair[0].engine, pair[0].step_time), pair[0].requests)
+    assume(drive(Engine(pair[0].engine, pair[0].step_time), pair[0].requests))
 
 
 def test_an_asynchronous_engine_goes_on_after_empty_steps_in_a_row_i5() -> None:
@@ -180,12 +181,13 @@ def test_an_asynchronous_engine_goes_on_after_empty_steps_in_a_row_i5() -> None:
         )
         for number, (prompt, output_tokens, priority) in enumerate(prompts)
     ]
-    drive(Engine(engine, STEP_TIMES[0]), requests)
+    assert drive(Engine(engine, STEP_TIMES[0]), requests)
 
 
-def drive(engine: Engine, requests: Iterable[Request]) -> None:
+def drive(engine: Engine, requests: Iterable[Request]) -> bool:
     """Run an engine to its end, with no kernel. While it has requests it has a next event, and
-    its steps fill the time from the first start to the last end without a pause."""
+    its steps fill the time from the first start to the last end without a pause. False: two
+    sequences preempt each other for ever, as they may in vLLM too."""
     arrivals = deque(requests)
     spells = len(arrivals)
     end_ns: int | None = None
@@ -203,11 +205,12 @@ def drive(engine: Engine, requests: Iterable[Request]) -> None:
             if end_ns is None:
                 busy_ns += now_ns - started_ns
         assert (end_ns is not None) == engine.scheduler.has_requests
-        if end_ns is not None and end_ns > 2 * 10**9:
-            return  # two may preempt each other for ever
+        if end_ns is not None and end_ns > LONG_S * 10**9:
+            return False
     engine.log.fold()
     # Each spell of work ends at the next whole nanosecond.
     assert 0 <= busy_ns - engine.log.busy_ps // 1000 <= spells
+    return True
 
 
 def _sequence(arriving: Request) -> EngineSequence:

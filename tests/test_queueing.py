@@ -181,7 +181,7 @@ def test_littles_law_joins_what_gauges_sample_and_what_requests_spend(
     mean_s = STEP_S / chance
     arrivals_per_s = 0.7 * replicas * seats / mean_s
     result = served(
-        lengths, arrivals_per_s, GaugeReader("inflight_requests"), replicas, seats, 0.37 * mean_s
+        lengths, arrivals_per_s, GaugeReader("inflight_requests"), replicas, seats, 1.37 * mean_s
     )
     rows, samples = result.requests, result.samples
     last_ns = int(rows["arrived_ns"].max())

@@ -107,7 +107,7 @@ class Engine:
     def _finish_head(self, head: Batch) -> None:
         head_ps = self._head_ps
         self._clock_ps += head_ps
-        late = len(head.late)
+        late = head.late
         tokens, prefill_tokens = head.context_tokens, head.prefill_tokens
         log = self.log
         log.add(log.pack(head.decodes, late, tokens, prefill_tokens, head_ps, 0, 1))
@@ -228,10 +228,8 @@ class Engine:
                 sequence.first_token_ns = -(-self._clock_ps // PS_PER_NS)
                 if self.reports_first_tokens:
                     self.first_tokens.append(sequence)
-            else:
-                self._take_late_token(sequence)
-        for sequence in batch.late:
-            self._take_late_token(sequence)
+        for since_ps in batch.late_since_ps:
+            self.log.add_late_gap(self._clock_ps - since_ps)
 
     def _take_aborts(self) -> None:
         for sequence in self._aborts:
@@ -247,16 +245,11 @@ class Engine:
         last_token_ps = self._clock_ps
         if self._train:  # asynchronous: those of the head are on the way
             last_token_ps += self._head_ps
-        given = batch.literal or {}
+        given = (batch.literal or {}) | dict(batch.prefills)
         for sequence in (*self.scheduler.running, *batch.preempted):
             starved = sequence.state in (DECODING, WAITING) and sequence not in given
             if starved and sequence.late_since_ps < 0 and sequence.tokens > sequence.prompt_tokens:
                 sequence.late_since_ps = last_token_ps
-
-    def _take_late_token(self, sequence: Sequence) -> None:
-        if sequence.late_since_ps >= 0:
-            self.log.add_late_gap(self._clock_ps - sequence.late_since_ps)
-            sequence.late_since_ps = -1
 
     # -- times within a train --
 

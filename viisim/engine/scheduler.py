@@ -84,8 +84,10 @@ class Batch:
     """Prefills that this step completes: they emit a token."""
     lasts: tuple[Sequence, ...] = ()
     """Sequences that end with this step's output."""
-    late: tuple[Sequence, ...] = ()
-    """Decoding sequences in the step that had missed a step before."""
+    late = 0
+    """Of `decodes`, those that had missed a step before."""
+    late_since_ps: tuple[int, ...] = ()
+    """When those, and resumed ones among `firsts`, got their last token before this step's."""
     literal: dict[Sequence, int] | None = None
     """Tokens by sequence when the step was formed literally."""
 
@@ -122,6 +124,8 @@ class Scheduler:
         self._block_tokens = settings.block_tokens
         self._max_tokens = settings.max_num_batched_tokens
         self._lag_tokens = 2 if settings.async_scheduling else 1
+        self._behind: set[Sequence] = set()
+        """Members that got no token in the last step; the next one is formed literally."""
         self._admissions = 0
         self._prefilling: list[Sequence] = []
         self.clock = 0
@@ -162,7 +166,8 @@ class Scheduler:
             elif state == PREFILL:
                 self._prefilling.remove(sequence)
             del self.running[sequence]
-            self._release(sequence, sequence.tokens - self._lag_tokens)
+            self._release(sequence, sequence.tokens - self._lag(sequence))
+            self._behind.discard(sequence)
         sequence.state = DONE
 
     @property
@@ -175,7 +180,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Form the next batch: running sequences first, then admissions (R1)."""
         batch = Batch()
-        budget = self._run_group(batch)
+        budget = -1 if self._behind else self._run_group(batch)
         if budget < 0:
             budget = self._run_literally(batch)
         self._head_may_fit = False
@@ -271,6 +276,8 @@ class Scheduler:
         """The prefill completes in this step, which therefore yields a token."""
         sequence.tokens += 1
         batch.firsts += (sequence,)
+        if sequence.late_since_ps >= 0:
+            self._come_late(batch, sequence)
         if sequence.tokens >= sequence.end_tokens:
             self._end_with(batch, sequence)
         else:
@@ -366,6 +373,8 @@ class Scheduler:
         budget = settings.max_num_batched_tokens
         cap = self._prefill_cap()
         self._dissolve_group()
+        for sequence in self._behind:
+            self._key(sequence, sequence.computed)
         given: dict[Sequence, int] = {}
         for sequence in list(self.running):
             if sequence.state == WAITING or sequence.state == ENDING:
@@ -389,10 +398,22 @@ class Scheduler:
             sequence.computed += tokens
             budget -= tokens
             given[sequence] = tokens
-            known = sequence.tokens - (self._lag_tokens - 1 if sequence.state == LOOSE else 0)
+            known = sequence.tokens - (self._lag(sequence) - 1 if sequence.state == LOOSE else 0)
             self._key(sequence, known)
         self._regroup(batch, given)
+        self._behind = {s for s in self.running if s.state == DECODING and s not in given}
         return budget
+
+    def _lag(self, sequence: Sequence) -> int:
+        """By how many tokens its keyed content lags behind; nothing of a sequence that missed
+        the last step is on the way, even asynchronously."""
+        return 1 if sequence in self._behind else self._lag_tokens
+
+    @staticmethod
+    def _come_late(batch: Batch, sequence: Sequence) -> None:
+        """The batch brings a token more than a step after the last one."""
+        batch.late_since_ps += (sequence.late_since_ps,)
+        sequence.late_since_ps = -1
 
     def _dissolve_group(self) -> None:
         for sequence in self.running:
@@ -417,7 +438,8 @@ class Scheduler:
                     batch.context_tokens += sequence.tokens
                     sequence.tokens += 1
                     if sequence.late_since_ps >= 0:
-                        batch.late += (sequence,)
+                        batch.late += 1
+                        self._come_late(batch, sequence)
                 if sequence.tokens >= sequence.end_tokens:
                     self._end_with(batch, sequence)
                 else:
@@ -434,7 +456,7 @@ class Scheduler:
         if sequence.state == PREFILL:
             self._prefilling.remove(sequence)
         else:
-            self._key(sequence, sequence.computed + 1 - self._lag_tokens)
+            self._key(sequence, sequence.computed + 1 - self._lag(sequence))
         del self.running[sequence]
         self.pool.release(sequence)
         sequence.computed = 0
@@ -511,7 +533,9 @@ class Scheduler:
         """How many steps, from now on, are sure to be decode steps of the group and nothing
         else, if nothing arrives and nothing is aborted."""
         members = self.members
-        if not members or self.waiting.items or self._prefilling or members > self._max_tokens:
+        if not members or self.waiting.items or self._prefilling or self._behind:
+            return 0
+        if members > self._max_tokens:
             return 0
         ends = self._ends
         while ends[0][2].state != DECODING or ends[0][2].finish_clock != ends[0][0]:
