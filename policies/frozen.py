@@ -20,6 +20,7 @@ def frozen(cls: type[_T]) -> type[_T]:
     made = dataclass(frozen=True, slots=True)(cls)
     parameters, writes = [], []
     scope: dict[str, Any] = {}
+    # mypy does not see that `made` is a dataclass, nor that its __init__ may be replaced.
     for field in fields(made):  # type: ignore[arg-type]
         name = field.name
         scope[f"_write_{name}"] = getattr(made, name).__set__

@@ -537,13 +537,7 @@ class Scheduler:
             return 0
         if members > self._max_tokens:
             return 0
-        ends = self._ends
-        while ends[0][2].state != DECODING or ends[0][2].finish_clock != ends[0][0]:
-            heapq.heappop(ends)
-        steps = ends[0][0] - self.clock
-        if self.pool.free_blocks >= members * (steps // self._block_tokens + 1):
-            return steps
-        return self._steps_with_blocks(steps)
+        return self._steps_to_an_end()
 
     def steps_after(self, batch: Batch) -> int:
         """The same for the steps after `batch`, which has just been scheduled: whoever waits
@@ -557,6 +551,10 @@ class Scheduler:
             or self.members > self._max_tokens
         ):
             return 0
+        return self._steps_to_an_end()
+
+    def _steps_to_an_end(self) -> int:
+        """How many decode steps there are until a member ends, as far as the blocks last."""
         ends = self._ends
         while ends[0][2].state != DECODING or ends[0][2].finish_clock != ends[0][0]:
             heapq.heappop(ends)
