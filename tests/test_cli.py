@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -284,11 +285,13 @@ def test_a_killed_run_leaves_nothing_behind(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
     )
-    while not list(tmp_path.glob(".run.partial-*")):
+    while not list(tmp_path.glob(".run.partial-*/run")):
         assert process.poll() is None
     process.terminate()
     assert process.communicate(timeout=30) == (None, b"")
-    assert process.returncode == 130
+    # A shell shows 130 for both. Python ends itself by the signal when it came in the midst of
+    # an `exec` (a dataclass being made in a late import), whoever caught the KeyboardInterrupt.
+    assert process.returncode in (130, -signal.SIGINT)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["faulty.py", "small.yaml"]
 
 
