@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from policies import compiled
 from policies.registry import policy_names
-from viisim import compiled
 from viisim.config import Experiment, experiment_from
 from viisim.experiment import replica_specs
 from viisim.metrics import summarise

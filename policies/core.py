@@ -21,6 +21,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
+from mypy_extensions import mypyc_attr
 from numpy.random import SeedSequence, default_rng
 
 from policies.interface import (
@@ -61,10 +62,12 @@ from policies.state import (
     Lane,
     LazyQueue,
     Replica,
+    Saved,
 )
 
 
-class SchedulerCore:
+@mypyc_attr(serializable=True, allow_interpreted_subclasses=True)
+class SchedulerCore(Saved):
     """One scheduler: a policy, the central queue, and what is in flight.
 
     `seed` gives the policy its random stream. `guard` makes each call that hands the policy a
@@ -79,9 +82,11 @@ class SchedulerCore:
         limits: Limits | None = None,
         guard: Callable[..., Any] | None = None,
     ) -> None:
-        if policy.tick_s is not None and not policy.tick_s > 0:
+        unchecked: Any = policy  # a user's class says what it likes
+        tick_s = unchecked.tick_s
+        if tick_s is not None and not (isinstance(tick_s, (int, float)) and tick_s > 0):
             raise PolicyError(
-                f"{type(policy).__name__}.tick_s is {policy.tick_s}: give a positive number of "
+                f"{type(policy).__name__}.tick_s is {tick_s!r}: give a positive number of "
                 "seconds, or None for no `plan`"
             )
         self.policy = policy

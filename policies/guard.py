@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, MethodType
+from types import BuiltinMethodType, FrameType, MethodType
 from typing import Any, NoReturn
 
 from policies.interface import ClusterView, LaneView, PolicyError, ReplicaView
@@ -87,11 +87,11 @@ class _Lease:
             return _MappingWindow(self, value)
         if kind is LazyQueue:
             return _QueueWindow(self, value)
-        if kind is MethodType:
+        if kind in (MethodType, BuiltinMethodType):  # the latter of a compiled class
             return self._method(value)
         return self._items(value) if isinstance(value, Iterator) else value
 
-    def _method(self, method: MethodType) -> Callable[..., Any]:
+    def _method(self, method: MethodType | BuiltinMethodType) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             self.require_open(f"`{method.__name__}`")
             return self.window(method(*arguments))

@@ -12,13 +12,38 @@ from collections.abc import Hashable, Iterator, Mapping
 from math import inf
 from typing import Any
 
+from mypy_extensions import mypyc_attr
+
 from policies.interface import ReplicaChanged, RequestView
 
 QUEUED, IN_FLIGHT, WITHDRAWING, ENDED = range(4)
 REPLICA_STATES = ("starting", "ready", "draining", "gone")
 
 
-class Entry:
+@mypyc_attr(serializable=True, allow_interpreted_subclasses=True)
+class Saved:
+    """Goes into a checkpoint by the names of its attributes, so that what a compiled core
+    (setup.py) saved loads in one that is not, and the other way round.
+
+    Both attributes of the decorators are needed for that: with `serializable` alone, mypyc 2.4
+    skips `__init__` when Python makes an object.
+    """
+
+    __slots__ = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kind: Any = type(self)
+        # A compiled class keeps the names of its attributes under a name of mypyc's.
+        names = getattr(kind, "__mypyc_attrs__", None) or getattr(kind, "__slots__", ())
+        return {name: getattr(self, name) for name in names or vars(self)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+@mypyc_attr(serializable=True, allow_interpreted_subclasses=True)
+class Entry(Saved):
     """One request inside the core."""
 
     __slots__ = (
@@ -62,7 +87,8 @@ class Entry:
         return bool((self.rank, self.order) < (other.rank, other.order))
 
 
-class Replica:
+@mypyc_attr(serializable=True, allow_interpreted_subclasses=True)
+class Replica(Saved):
     """One replica as the core knows it; policies see it through `ReplicaView`."""
 
     __slots__ = (
@@ -128,7 +154,8 @@ class Replica:
         return not (self.probing and self.inflight_requests)
 
 
-class Lane:
+@mypyc_attr(serializable=True, allow_interpreted_subclasses=True)
+class Lane(Saved):
     """A heap of queued entries. Entries that left are dropped when they reach the head."""
 
     __slots__ = ("_heap", "_queued", "key")
@@ -167,7 +194,8 @@ class Lane:
         return (entry.view for entry in sorted(self._heap) if entry.state == QUEUED)
 
 
-class Cluster:
+@mypyc_attr(serializable=True, allow_interpreted_subclasses=True)
+class Cluster(Saved):
     """The live state behind `ClusterView`."""
 
     def __init__(self) -> None:
@@ -213,7 +241,8 @@ class Cluster:
         self._ready.clear()
 
 
-class LazyQueue:
+@mypyc_attr(serializable=True, allow_interpreted_subclasses=True)
+class LazyQueue(Saved):
     """The central queue for `plan`: iterated on demand, never copied."""
 
     def __init__(self, lanes: Mapping[Hashable, Lane]) -> None:

@@ -50,7 +50,7 @@ FAULTS = {
     "Elsewhere": "unknown replica 'r77'",
     "Raises": "ValueError: first line second line",
     "Exits": "SystemExit: 0",
-    "TickInWords": "TypeError: '>' not supported",
+    "TickInWords": "TickInWords.tick_s is 'soon': give a positive number",
     "MixedRanks": "TypeError: '<' not supported",
 }
 """What is said of each."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import policies  # noqa: F401 - decides whether compiled modules are used, before any is imported
+
 if TYPE_CHECKING:
     from viisim.experiment import Run, simulate
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from viisim import __version__, compiled
+from policies import compiled
+from viisim import __version__
 from viisim.cli.check import check
 from viisim.cli.conform import conform
 from viisim.cli.list import list_
@@ -62,8 +63,8 @@ def _options(
     """Options of no command in particular."""
     if compiled.status() == "stale":
         typer.echo(
-            "warning: a compiled module is older than its source, whose edits have no effect; "
-            "compile again (python setup.py build_ext --inplace) or delete the .so files",
+            "warning: a compiled module is older than its source, so sources are run, at half the "
+            "speed; `pip install -e .` compiles again",
             err=True,
         )
 
