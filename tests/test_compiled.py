@@ -73,8 +73,8 @@ from policies.testing import request
 
 core = SchedulerCore(LeastLoaded())
 core.handle(ReplicaChanged(0.0, "r0", "ready", "m"))
-core.handle(Arrived(1.0, request("a")))
-core.handle(Arrived(1.0, request("b", model="other")))
+core.handle(Arrived(1.0, request(id="a")))
+core.handle(Arrived(1.0, request(id="b", model="other")))
 print(checkpoint(core))
 """
 LOAD = """
