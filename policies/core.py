@@ -510,6 +510,8 @@ class SchedulerCore(Saved):
             replica.max_num_seqs = event.max_num_seqs or replica.max_num_seqs
             replica.kv_blocks = event.kv_blocks or replica.kv_blocks
             replica.block_tokens = event.block_tokens or replica.block_tokens
+            if event.step_costs.decode_sequences:
+                replica.step_costs = event.step_costs
             view.forget_ready()
         return True
 

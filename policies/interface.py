@@ -45,12 +45,36 @@ class RequestView:
     """Tokens per prefix block (512 Mooncake, 64 Weka, 16 Qwen); bytes in the proxy."""
     predicted_output_tokens: int | None = None
     """A length predictor's guess; None without a predictor."""
+    session: str = ""
+    """Whose conversation it belongs to; empty for a request on its own."""
 
     @property
     def expected_tokens(self) -> int:
         """Prompt plus predicted output (the output limit without a predictor)."""
         predicted = self.predicted_output_tokens
         return self.prompt_tokens + (self.max_output_tokens if predicted is None else predicted)
+
+
+# --------------------------------------------------------------------------------------
+# Facts about a replica
+
+
+@frozen
+class StepCosts:
+    """How long an engine step takes: the figures of the replica's profile, empty where none is
+    known. Both drivers read them from the same file, so they are no privileged information."""
+
+    decode_sequences: tuple[int, ...] = ()
+    """The batch sizes that were measured, rising; the two below are by batch size."""
+    decode_base_s: tuple[float, ...] = ()
+    decode_per_context_token_s: tuple[float, ...] = ()
+    prefill_base_s: float = 0.0
+    prefill_per_token_s: float = 0.0
+    prefill_per_pair_s: float = 0.0
+    """By (token, attended token) pairs: n * c + n * (n + 1) / 2 for n tokens behind c others."""
+    host_overhead_s: float = 0.0
+    max_batched_tokens: int = 0
+    """Most tokens that one step computes."""
 
 
 # --------------------------------------------------------------------------------------
@@ -125,6 +149,7 @@ class ReplicaChanged:
     max_num_seqs: int = 0
     kv_blocks: int = 0
     block_tokens: int = 16
+    step_costs: StepCosts = StepCosts()
 
 
 @frozen
@@ -280,6 +305,8 @@ class ReplicaView(Protocol):
     def kv_blocks(self) -> int: ...
     @property
     def block_tokens(self) -> int: ...
+    @property
+    def step_costs(self) -> StepCosts: ...
     @property
     def inflight_requests(self) -> int: ...
     @property

@@ -109,6 +109,7 @@ class Replica(Saved):
         "running",
         "sampled_s",
         "state",
+        "step_costs",
         "waiting",
         "withdrawing_requests",
     )
@@ -122,6 +123,7 @@ class Replica(Saved):
         self.max_num_seqs = event.max_num_seqs
         self.kv_blocks = event.kv_blocks
         self.block_tokens = event.block_tokens
+        self.step_costs = event.step_costs
         self.inflight: dict[str, Entry] = {}
         self.inflight_requests = 0
         self.outstanding_tokens = 0

@@ -14,7 +14,7 @@ from policies.interface import ReplicaChanged, RequestView
 from policies.state import IN_FLIGHT, Cluster, Entry, Replica
 
 _REQUEST = RequestView(id="q", model="m", arrived_s=0.0, prompt_tokens=100, max_output_tokens=50)
-_IDENTITY = ("state", "model", "devices", "max_num_seqs", "kv_blocks", "block_tokens")
+_IDENTITY = ("state", "model", "devices", "max_num_seqs", "kv_blocks", "block_tokens", "step_costs")
 
 
 def request(**overrides: Any) -> RequestView:

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from tests.result_builders import Objectives, queue
+from tests import result_builders
+from tests.result_builders import Objectives, queue, row
 from viisim.errors import InputError
 from viisim.metrics import Summary, summarise
 from viisim.records import REQUEST_COLUMNS, SAMPLE_COLUMNS, SeedResult
@@ -25,6 +26,7 @@ from viisim.results import (
     write_run,
 )
 
+WORDS = ("traffic_class", "tenant")
 SEEDS = (1, 2)
 
 
@@ -84,11 +86,23 @@ def test_tables_come_back_as_they_were(tmp_path: Path) -> None:
         assert requests.column_names == ["seed", *REQUEST_COLUMNS]
         assert samples.column_names == ["seed", *SAMPLE_COLUMNS]
         for name, dtype in REQUEST_COLUMNS.items():
+            if name in WORDS:
+                continue
             column = requests[name].to_numpy()
             assert column.dtype == dtype
             assert np.array_equal(column, result.requests[name])
         for name in SAMPLE_COLUMNS:
             assert np.array_equal(samples[name].to_numpy(), result.samples[name])
+
+
+def test_traffic_classes_and_tenants_are_stored_as_words(tmp_path: Path) -> None:
+    rows = [row(0, traffic_class=1, tenant=0), row(1, traffic_class=0, tenant=1)]
+    run = write(
+        tmp_path / "run",
+        [result_builders.result(*rows, traffic_classes=("batch", "chat"), tenants=("a", "b"))],
+    )
+    table = load_run(run).requests()
+    assert [table[name].to_pylist() for name in WORDS] == [["chat", "batch"], ["a", "b"]]
 
 
 def test_the_summary_comes_back_as_it_was(tmp_path: Path) -> None:

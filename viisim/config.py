@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -34,9 +35,11 @@ from pydantic import (
 )
 
 from policies.interface import Limits, Policy
+from policies.predictor import History, LengthPredictor
 from policies.registry import PolicySpecError, make_policy
 from viisim.documents import Strict, check, inside, nearest, override, read_yaml
 from viisim.errors import InputError
+from viisim.predictors import Noisy, Oracle
 from viisim.profile import (
     Count,
     EngineSettings,
@@ -57,6 +60,7 @@ Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 _SHARED = "$VIISIM_SHARED/"
 _LIMITS = Limits()
+_PREDICTOR_SAMPLE = 10_000
 
 
 class _Located(Strict):
@@ -371,6 +375,27 @@ class Slo(Strict):
     e2e_s: Positive | None = None
 
 
+class SloConfig(Slo):
+    """The experiment's objectives, with others for some traffic classes."""
+
+    classes: Mapping[str, Slo] = Field(default_factory=dict)
+    """By traffic class, each in the place of the general one."""
+
+
+class PredictorConfig(Strict):
+    """How well answer lengths are known in advance; results are labelled with it."""
+
+    kind: Literal["none", "history", "noisy", "oracle"] = "none"
+    rank_correlation: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Spearman's, between guess and truth; for kind `noisy` only."""
+
+    @model_validator(mode="after")
+    def _correlation_belongs_to_noisy(self) -> Self:
+        if (self.kind == "noisy") != (self.rank_correlation is not None):
+            raise inside("rank_correlation: give it with kind 'noisy', and only there")
+        return self
+
+
 class LimitsConfig(Strict):
     """The operator's limits; see `policies.interface.Limits` for meanings and defaults."""
 
@@ -400,7 +425,8 @@ class Experiment(Strict):
     policy: PolicyConfig
     cluster: ClusterConfig
     workload: Annotated[WorkloadConfig, Field(discriminator="kind")]
-    slo: Slo = Slo()
+    predictor: PredictorConfig = PredictorConfig()
+    slo: SloConfig = SloConfig()
     seeds: tuple[Whole, ...] = Field(min_length=1, strict=False)
     warmup_fraction: Share = 0.1
     """Share of the requests, the earliest to arrive, that no figure counts."""
@@ -434,6 +460,20 @@ class Experiment(Strict):
     def build_workload(self) -> Workload:
         """The workload. Raises InputError, as `build_workload` does."""
         return build_workload(self.workload, self.model)
+
+    def make_predictor(self, seed: int) -> LengthPredictor | None:
+        """The length predictor for one seed; None without one."""
+        match self.predictor.kind:
+            case "history":
+                return History()
+            case "oracle":
+                return Oracle()
+            case "noisy":
+                # Other draws of the same workload: the guesses' distribution, not the answers.
+                sample = islice(self.build_workload().requests(seed + 1), _PREDICTOR_SAMPLE)
+                lengths = [request.output_tokens for request in sample]
+                return Noisy(self.predictor.rank_correlation or 0.0, lengths, seed)
+        return None
 
     def simulated_replicas(self) -> list[SimulatedReplica]:
         """Every replica to simulate; those of kind `vllm` and `container` by their profile.

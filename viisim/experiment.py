@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from policies.interface import Policy, PolicyError
+from policies.interface import Policy, PolicyError, StepCosts
 from policies.journal import Segment
 from viisim.config import (
     Experiment,
@@ -85,8 +85,10 @@ def run_seed(
             limits=limits,
             until_s=experiment.max_sim_s,
             journal=writer,
+            predictor=experiment.make_predictor(seed),
             on_progress=report,
         ).run()
+    result.unsent_requests = total - len(result.requests["request"])
     if report is not None:
         report(total)
     return result
@@ -104,13 +106,30 @@ def replica_specs(experiment: Experiment) -> list[ReplicaSpec]:
 
 
 def _spec(replica: SimulatedReplica, devices: tuple[str, ...]) -> ReplicaSpec:
+    settings = replica.settings
     return ReplicaSpec(
         replica.id,
         replica.model,
         devices,
-        replica.settings.scheduler_settings(),
-        step_time_of(replica.profile, replica.settings.max_num_seqs),
-        replica.settings.coalesce,
+        settings.scheduler_settings(),
+        step_time_of(replica.profile, settings.max_num_seqs),
+        settings.coalesce,
+        step_costs_of(replica.profile, settings.max_num_batched_tokens),
+    )
+
+
+def step_costs_of(profile: Profile, max_batched_tokens: int) -> StepCosts:
+    """The profile's step times as policies see them."""
+    times = profile.step_time
+    return StepCosts(
+        tuple(point.sequences for point in times.decode),
+        tuple(point.base_s for point in times.decode),
+        tuple(point.per_context_token_s for point in times.decode),
+        times.prefill.base_s,
+        times.prefill.per_token_s,
+        times.prefill.per_token_context_s,
+        times.host_overhead_s,
+        max_batched_tokens,
     )
 
 

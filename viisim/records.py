@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 #: Columns of one request, in file order. Instants are integer nanoseconds of simulated time, -1
 #: where the instant never came (invariant I2: arrived <= dispatched <= started <= first token
-#: <= finished). `replica` is an index into `SeedResult.replica_ids`, -1 if never dispatched.
+#: <= finished). `replica` is an index into `SeedResult.replica_ids`, -1 if never dispatched;
+#: `traffic_class` and `tenant` are indices into `SeedResult.traffic_classes` and `.tenants`.
 REQUEST_COLUMNS: dict[str, type[np.generic]] = {
     "request": np.int64,
     "outcome": np.int8,
@@ -24,6 +25,8 @@ REQUEST_COLUMNS: dict[str, type[np.generic]] = {
     "cached_tokens": np.int32,
     "preemptions": np.int32,
     "priority": np.int32,
+    "traffic_class": np.int32,
+    "tenant": np.int32,
     "streamed": np.bool_,
     "arrived_ns": np.int64,
     "dispatched_ns": np.int64,
@@ -84,5 +87,11 @@ class SeedResult:
     replicas: tuple[ReplicaTotals, ...]
     ended_ns: int
     """Simulated time of the last event."""
+    traffic_classes: tuple[str, ...] = ("",)
+    """In the order of their first request; requests of no class have the class ""."""
+    tenants: tuple[str, ...] = ("",)
+    unsent_requests: int = 0
+    """Turns of closed-loop sessions that were never sent, because an earlier one failed or the
+    run ended."""
     events: int = 0
     """Events that the simulation kernel processed."""

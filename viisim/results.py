@@ -118,7 +118,7 @@ class RunFolder:
         """Write all files. `results` are stored in the order given."""
         _write_json(self._aside / "manifest.json", manifest)
         _write_json(self._aside / "summary.json", summary)
-        requests = ((result.seed, result.requests) for result in results)
+        requests = ((result.seed, result.requests | _named(result)) for result in results)
         samples = ((result.seed, result.samples) for result in results)
         _write_parquet(self._aside / "requests.parquet", REQUEST_COLUMNS, requests)
         _write_parquet(self._aside / "replicas.parquet", SAMPLE_COLUMNS, samples)
@@ -217,6 +217,18 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
+_WORDS = pa.dictionary(pa.int32(), pa.string())
+
+
+def _named(result: SeedResult) -> dict[str, Any]:
+    """The columns that are stored as words."""
+    words = {"traffic_class": result.traffic_classes, "tenant": result.tenants}
+    return {
+        name: pa.DictionaryArray.from_arrays(pa.array(result.requests[name]), list(values))
+        for name, values in words.items()
+    }
+
+
 def _write_parquet(
     path: Path,
     columns: Mapping[str, type],
@@ -225,14 +237,20 @@ def _write_parquet(
     """One row group a seed (more beyond a million rows), with a `seed` column in front."""
     fields = [
         ("seed", pa.int64()),
-        *((name, pa.from_numpy_dtype(t)) for name, t in columns.items()),
+        *(
+            (name, _WORDS if name in ("traffic_class", "tenant") else pa.from_numpy_dtype(t))
+            for name, t in columns.items()
+        ),
     ]
     schema = pa.schema(fields, metadata=_META)
     with pq.ParquetWriter(path, schema, compression="zstd", compression_level=3) as writer:
         for seed, table in seeds:
             rows = next(iter(table.values())).size
             arrays = [pa.repeat(pa.scalar(seed, pa.int64()), rows)]
-            arrays += [pa.array(table[name]) for name in columns]
+            arrays += [
+                value if isinstance(value := table[name], pa.Array) else pa.array(value)
+                for name in columns
+            ]
             writer.write_table(pa.table(arrays, schema=schema), row_group_size=1 << 20)
 
 

@@ -36,8 +36,10 @@ from policies.interface import (
     ReplicaChanged,
     Retire,
     Shed,
+    StepCosts,
     Tick,
 )
+from policies.predictor import LengthPredictor
 from viisim.engine.engine import Engine
 from viisim.engine.replica import (
     ARRIVAL,
@@ -79,6 +81,8 @@ class ReplicaSpec:
     settings: SchedulerSettings
     step_time: StepTime
     coalesce: bool = True
+    step_costs: StepCosts = StepCosts()  # noqa: RUF009 - frozen
+    """What the policy is told of `step_time`."""
 
 
 class Journal(Protocol):
@@ -132,6 +136,7 @@ class Simulation:
         limits: Limits | None = None,
         until_s: float | None = None,
         journal: Journal | None = None,
+        predictor: LengthPredictor | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         self.core = SchedulerCore(policy, seed, limits)
@@ -159,7 +164,12 @@ class Simulation:
         self._delay_ns = round(scrape_delay_s * NS_PER_S)
         self._until_ns = None if until_s is None else round(until_s * NS_PER_S)
         self._journal = journal
+        self._predictor = predictor
         self._on_progress = on_progress
+        self._turns: dict[int, Request] = {}
+        """Requests of closed-loop sessions that are still to arrive, by the kernel's number."""
+        self._traffic_classes: dict[str, int] = {}
+        self._tenants: dict[str, int] = {}
         self._flights: dict[str, _Flight] = {}
         self._retiring: set[str] = set()
         self._pending: list[Event] = []
@@ -195,15 +205,24 @@ class Simulation:
     def _arrive(self, now_ns: int, _: int) -> None:
         request = self._next
         assert request is not None, "an arrival is scheduled for a request"
-        view = request.view
-        arrivals = self._arrivals
-        self._arrivals = arrivals + 1
-        self._flights[view.id] = _Flight(arrivals, request)
         following = self._next = next(self._requests, None)
         if following is not None:
             self._kernel.call_at(following.arrived_ns, ARRIVAL, self._arrive)
         else:
             self._idle_since_ns = now_ns
+        self._admit(request)
+
+    def _arrive_again(self, now_ns: int, number: int) -> None:
+        self._idle_since_ns = now_ns
+        self._admit(self._turns.pop(number))
+
+    def _admit(self, request: Request) -> None:
+        if self._predictor is not None:
+            request.view = self._predictor.predict(request.view, request.output_tokens)
+        view = request.view
+        arrivals = self._arrivals
+        self._arrivals = arrivals + 1
+        self._flights[view.id] = _Flight(arrivals, request)
         self._deliver(Arrived(view.arrived_s, view))
         if self._on_progress is not None and not arrivals % 1024:
             self._on_progress(arrivals)
@@ -211,14 +230,17 @@ class Simulation:
     def _tick(self, now_ns: int, _: int) -> None:
         if now_ns != self._timer_ns:
             return  # the core no longer wants it
-        if self._next is None and not self._flights:
+        if self._is_over():
             return  # the run is over, however long the policy would go on ticking
         self._timer_ns = None
         self._deliver(Tick(now_ns / NS_PER_S))
 
+    def _is_over(self) -> bool:
+        return self._next is None and not self._flights and not self._turns
+
     def _scrape(self, now_ns: int, number: int) -> None:
         """Sample every replica, for the records and as gauges for the core."""
-        if self._next is None:
+        if self._next is None and not self._turns:
             if not self._flights:
                 return
             if self._is_stuck(now_ns):
@@ -261,6 +283,13 @@ class Simulation:
                 continue
             output_tokens = flight.tokens - flight.prompt_tokens
             self._record(flight, FINISHED, output_tokens, now_ns)
+            request = flight.request
+            if request.next_turn is not None:
+                following = request.next_turn(now_ns)
+                number = self._kernel.call_at(following.arrived_ns, ARRIVAL, self._arrive_again)
+                self._turns[number] = following
+            if self._predictor is not None:
+                self._predictor.observe(request.view, output_tokens)
             self._deliver(Finished(now_s, flight.name, flight.attempt, output_tokens))
         for flight in cast("list[_Flight]", engine.aborted):
             self._deliver(Cancelled(now_s, flight.name, flight.attempt))
@@ -357,6 +386,10 @@ class Simulation:
                 cached_tokens if cached_tokens > 0 else 0,
                 flight.preemptions,
                 request.view.priority,
+                self._traffic_classes.setdefault(
+                    request.view.traffic_class, len(self._traffic_classes)
+                ),
+                self._tenants.setdefault(request.view.tenant, len(self._tenants)),
                 request.view.streamed,
                 request.arrived_ns,
                 flight.dispatched_ns,
@@ -380,6 +413,8 @@ class Simulation:
             samples=self._samples.arrays(),
             replicas=tuple(_totals(replica.engine) for replica in self._replicas.values()),
             ended_ns=self._kernel.now,
+            traffic_classes=tuple(self._traffic_classes) or ("",),
+            tenants=tuple(self._tenants) or ("",),
             events=events,
         )
 
@@ -420,6 +455,7 @@ def _ready(spec: ReplicaSpec) -> ReplicaChanged:
         settings.max_num_seqs,
         settings.usable_blocks,
         settings.block_tokens,
+        spec.step_costs,
     )
 
 

@@ -61,7 +61,7 @@ def _options(
     ] = False,
 ) -> None:
     """Options of no command in particular."""
-    if compiled.status() == "stale":
+    if sys.stderr.isatty() and compiled.status() == "stale":
         typer.echo(
             "warning: a compiled module is older than its source, so sources are run, at half the "
             "speed; `pip install -e .` compiles again",

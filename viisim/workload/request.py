@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from policies.interface import RequestView
@@ -24,3 +24,6 @@ class Request:
     prompt: tuple[tuple[Hashable, int], ...]
     output_tokens: int
     output_segment: Hashable | None = None
+    next_turn: Callable[[int], Request] | None = None
+    """In a closed-loop session: the user's next request, given the instant (ns) at which this
+    one was answered. It arrives no earlier. A session whose turn is shed or refused ends."""
