@@ -650,20 +650,6 @@ class SchedulerCore(Saved):
         return subject is not None and subject.state != QUEUED
 
 
-def perform_all(
-    core: SchedulerCore, perform: Callable[[Action], Iterable[Event]], event: Event
-) -> None:
-    """Handle an event and everything that performing its actions raises at once.
-
-    `perform` returns the events that the action caused before it returned; they are handled
-    after the actions already decided, never from within.
-    """
-    pending = [event]
-    for current in pending:
-        for action in core.handle(current):
-            pending.extend(perform(action))
-
-
 _HANDLERS: dict[type, Callable[[SchedulerCore, Any], bool]] = {
     Arrived: SchedulerCore._on_arrived,
     FirstToken: SchedulerCore._on_first_token,

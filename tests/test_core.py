@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from policies.core import SchedulerCore, perform_all
+from policies.core import SchedulerCore
 from policies.interface import (
     Arrived,
     Cancelled,
@@ -95,6 +95,15 @@ def fail(core, request_id="q", attempt=1, now_s=1.0, *, retryable=True, worker_f
 
 def replica_of(core, replica_id):
     return core._view.replica(replica_id)
+
+
+def perform_all(core, perform, event):
+    """Handle an event and all that performing its actions raises at once, as drivers do: never
+    from within."""
+    pending = [event]
+    for current in pending:
+        for action in core.handle(current):
+            pending.extend(perform(action))
 
 
 # -- placing -----------------------------------------------------------------------------------
