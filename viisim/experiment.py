@@ -133,8 +133,9 @@ def step_costs_of(profile: Profile, max_batched_tokens: int) -> StepCosts:
     )
 
 
-def step_time_of(profile: Profile, max_num_seqs: int) -> StepTime:
-    """The profile's step times for batches of up to `max_num_seqs` sequences.
+def step_time_of(profile: Profile, max_num_seqs: int, slowdown: float = 1.0) -> StepTime:
+    """The profile's step times for batches of up to `max_num_seqs` sequences, each multiplied
+    by `slowdown`.
 
     A profile states the longest measured context of one sequence; a batch is within the
     calibrated range as long as all its sequences could be.
@@ -153,6 +154,7 @@ def step_time_of(profile: Profile, max_num_seqs: int) -> StepTime:
             max_context_tokens=most_sequences * measured.context_tokens[1],
             max_prefill_tokens=measured.prefill_tokens[1],
         ),
+        slowdown=slowdown,
     )
 
 

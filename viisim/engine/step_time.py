@@ -54,17 +54,20 @@ class StepTime:
         prefill_per_pair_s: float = 0.0,
         host_overhead_s: float = 0.0,
         calibrated: CalibratedRange | None = None,
+        slowdown: float = 1.0,
     ) -> None:
+        """`slowdown`: how many times longer than measured every step takes, as on a card that
+        throttles."""
         points = {point.sequences: point for point in decode}
-        host_ps = _to_ps(host_overhead_s)
+        host_ps = _to_ps(host_overhead_s * slowdown)
         bases = [prefill_base_s, *(_base_s(points, n) for n in range(1, max_num_seqs + 1))]
         slopes = [0.0, *(_slope_s(points, n) for n in range(1, max_num_seqs + 1))]
-        self.base_ps = [_to_ps(base) + host_ps for base in bases]
+        self.base_ps = [_to_ps(base * slowdown) + host_ps for base in bases]
         """By number of decoding sequences; index 0: a step of prefill only."""
-        self.slope_ps = [_to_ps(slope) for slope in slopes]
+        self.slope_ps = [_to_ps(slope * slowdown) for slope in slopes]
         """Per context token, by number of decoding sequences."""
-        self.prefill_token_ps = _to_ps(prefill_per_token_s)
-        self.prefill_pair_ps = _to_ps(prefill_per_pair_s)
+        self.prefill_token_ps = _to_ps(prefill_per_token_s * slowdown)
+        self.prefill_pair_ps = _to_ps(prefill_per_pair_s * slowdown)
         self.calibrated = calibrated
 
     def step_ps(self, decodes: int, context_tokens: int, prefill_tokens: int, pairs: int) -> int:
