@@ -21,8 +21,10 @@ from viisim.config import (
     experiment_from,
     load_experiment,
     resolved,
+    scaled,
     schema,
     shared_folder,
+    workload_files,
 )
 from viisim.errors import InputError
 from viisim.profile import EngineSettings, load_profile
@@ -176,6 +178,140 @@ def test_reading_experiments_pulls_in_no_simulation_kernel() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
+# -- workloads -------------------------------------------------------------------------------
+
+SESSIONS = """workload={kind: sessions, requests: 30, rate_per_s: 1.0, turns: 3, first_tokens: 90,
+    turn_tokens: 20, output_tokens: 9, think_s: {median: 5, cv: 1}}"""
+MIXED = """workload={kind: mixed, parts: [
+    {kind: synthetic, preset: azure_conv, rate_per_s: 2.0, requests: 20, traffic_class: chat},
+    {kind: synthetic, preset: azure_code, requests: 30, traffic_class: batch, priority: 5}]}"""
+
+
+def pool(folder: Path) -> Path:
+    """A ServeGen pool of one client with a request a second."""
+    quantiles = {"q": list(range(1, 102))}
+    lengths = {"0": {"input_tokens": quantiles, "output_tokens": quantiles}}
+    client = {"client": 0, "windows": [[0, 1.0, 1.0, "G"]], "lengths": lengths}
+    content = {"source": "made", "window_s": 600, "length_window_s": 21600, "clients": [client]}
+    path = folder / "pool.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def arrivals_s(experiment: Experiment) -> list[float]:
+    return [request.view.arrived_s for request in experiment.build_workload().requests(1)]
+
+
+def test_arrivals_may_be_bursty(file: Path) -> None:
+    poisson = arrivals_s(load_experiment(file))
+    for arrivals in (
+        "{kind: gamma, cv: 2}",
+        "{kind: gamma, burstiness: 2.0}",
+        "{kind: weibull, cv: 2}",
+    ):
+        bursty = load_experiment(file, [f"workload.arrivals={arrivals}"])
+        assert arrivals_s(bursty) != poisson
+
+
+def test_arrivals_may_follow_the_time_of_day(file: Path) -> None:
+    curve = "workload.rate_curve={period_s: 100, points: {0: 0, 50: 1}, shape: steps}"
+    assert all(second % 100 >= 49.9 for second in arrivals_s(load_experiment(file, [curve])))
+
+
+def test_the_labels_of_a_workload_are_on_its_requests(file: Path) -> None:
+    labels = ["traffic_class=chat", "tenant=acme", "priority=2", "deadline_s=7"]
+    experiment = load_experiment(file, [f"workload.{label}" for label in labels])
+    view = next(experiment.build_workload().requests(1)).view
+    assert (view.traffic_class, view.tenant, view.priority) == ("chat", "acme", 2)
+    assert view.deadline_s == view.arrived_s + 7
+
+
+def test_the_labels_of_a_trace_are_on_its_requests(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(TRACE)
+    trace = "workload={kind: trace, path: t.csv, tenant: acme, deadline_s: 3}"
+    views = [r.view for r in load_experiment(file, [trace]).build_workload().requests(1)]
+    assert {view.tenant for view in views} == {"acme"}
+    assert all(view.deadline_s == view.arrived_s + 3 for view in views)
+
+
+def test_sessions_are_built_from_their_figures(file: Path) -> None:
+    workload = load_experiment(file, [SESSIONS]).build_workload()
+    assert workload.total_requests == 30
+    assert len(list(workload.requests(1))) == 10
+
+
+def test_sessions_are_built_from_a_preset_less_what_is_given(file: Path) -> None:
+    given = "workload={kind: sessions, preset: agentic_coding, requests: 30, turns: 3}"
+    assert len(list(load_experiment(file, [given]).build_workload().requests(1))) == 10
+
+
+def test_a_mixture_keeps_the_labels_of_its_parts(file: Path) -> None:
+    requests = load_experiment(file, [MIXED]).build_workload().requests(1)
+    classes = [request.view.traffic_class for request in requests]
+    assert (classes.count("chat"), classes.count("batch")) == (20, 30)
+
+
+def test_the_parts_of_a_mixture_may_ask_for_different_models(file: Path) -> None:
+    second = "{model: other, worker: {kind: url, url: 'http://h:1'}}"
+    cluster = f"cluster.replicas=[{{device: radeon_vii, model: qwen3-vl-8b-awq}}, {second}]"
+    models = ["workload.model=qwen3-vl-8b-awq", "workload.parts.1.model=other"]
+    requests = load_experiment(file, [cluster, MIXED, *models]).build_workload().requests(1)
+    asked = {(request.view.traffic_class, request.view.model) for request in requests}
+    assert asked == {("chat", "qwen3-vl-8b-awq"), ("batch", "other")}
+
+
+def test_a_pool_is_served_at_the_stated_rate(file: Path, tmp_path: Path) -> None:
+    pool(tmp_path)
+    given = "workload={kind: servegen, path: pool.json, duration_s: 600, rate_per_s: 0.5}"
+    assert load_experiment(file, [given]).build_workload().total_requests == 300
+
+
+def test_the_files_of_a_workload_are_named_by_their_keys(file: Path, tmp_path: Path) -> None:
+    parts = "[{kind: trace, path: t.csv}, {kind: servegen, path: pool.json}]"
+    workload = load_experiment(file, [f"workload={{kind: mixed, parts: {parts}}}"]).workload
+    assert workload_files(workload) == {
+        "parts.0.path": tmp_path / "t.csv",
+        "parts.1.path": tmp_path / "pool.json",
+    }
+    assert workload_files(load_experiment(file).workload) == {}
+
+
+# -- the same workload at another rate -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["name=x", "workload.rate_per_s=null", SESSIONS, MIXED, "workload={kind: trace, path: t.csv}"],
+    ids=["given", "preset", "sessions", "mixed", "trace"],
+)
+def test_a_scaled_workload_has_the_same_requests_closer_together(
+    file: Path, tmp_path: Path, override: str
+) -> None:
+    (tmp_path / "t.csv").write_text(TRACE)
+    config = load_experiment(file, [override]).workload
+    before, after = (
+        list(build_workload(workload, "m").requests(1)) for workload in (config, scaled(config, 4))
+    )
+    contents = [sorted((r.view.id, r.view.prompt_tokens) for r in rows) for rows in (before, after)]
+    times = [[r.arrived_ns for r in rows] for rows in (before, after)]
+    assert contents[0] == contents[1]
+    assert times[1] == pytest.approx([when / 4 for when in times[0]], abs=len(before))
+
+
+def test_a_scaled_pool_has_more_requests_in_the_same_time(file: Path, tmp_path: Path) -> None:
+    pool(tmp_path)
+    for rate, expected in (("rate_per_s: 0.5", 1200), ("rate_scale: 2.0", 4800)):
+        given = f"workload={{kind: servegen, path: pool.json, duration_s: 600, {rate}}}"
+        workload = scaled(load_experiment(file, [given]).workload, 4)
+        assert build_workload(workload, "m").total_requests == expected
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, float("nan")])
+def test_an_impossible_load_is_refused(file: Path, factor: float) -> None:
+    with pytest.raises(InputError, match=r"load: .* use a factor above 0"):
+        scaled(load_experiment(file).workload, factor)
+
+
 # -- models that mirror others ---------------------------------------------------------------
 
 
@@ -200,13 +336,21 @@ def through_json(experiment: Experiment) -> dict[str, Any]:
     [
         "policy={name: round_robin}",
         "workload.prompt_tokens={0: 1, 2.5: 7, 100: 9}",
-        "workload={kind: trace, path: t.csv, limit: 3}",
+        "workload={kind: trace, path: t.csv, limit: 3, skip_bad: true, closed_loop: false}",
+        "workload.arrivals={kind: gamma, cv: 2.0}",
+        "workload.rate_curve={period_s: 86400, points: {0: 0.3, 43200: 1.6}}",
+        "workload={kind: synthetic, preset: rag, requests: 9, tenant: a, deadline_s: 3.5}",
+        "workload.passages={pool: 9, per_request: 2, zipf: 0.5, tokens: 90}",
+        "workload={kind: sessions, preset: agentic_coding, requests: 9, max_prompt_tokens: 16000}",
+        "workload.parts.0={kind: synthetic, preset: azure_code, requests: 3, traffic_class: code}",
+        "workload={kind: servegen, path: p.json, start_s: 600.0, rate_per_s: 2.0}",
         "limits={max_queued: 3, eject_s: 0.5}",
         "cluster.replicas.0.engine={watermark: 0.01, coalesce: false}",
     ],
 )
 def test_the_resolved_form_survives_json_and_loading(file: Path, override: str) -> None:
-    content = through_json(load_experiment(file, [override]))
+    mixed = ["workload={kind: mixed, parts: [null]}"] if ".parts." in override else []
+    content = through_json(load_experiment(file, [*mixed, override]))
     assert resolved(experiment_from(content, "manifest")) == content
 
 
@@ -237,6 +381,15 @@ def test_the_resolved_form_holds_no_path_of_this_machine(file: Path, tmp_path: P
     )
     assert str(tmp_path) not in json.dumps(resolved(experiment))
     assert resolved(experiment)["workload"]["path"] == "t.csv"
+
+
+def test_the_resolved_parts_of_a_mixture_hold_no_path_of_this_machine(
+    file: Path, tmp_path: Path
+) -> None:
+    parts = f'[{{kind: trace, path: "{tmp_path}/t.csv"}}]'
+    experiment = load_experiment(file, [f"workload={{kind: mixed, parts: {parts}}}"])
+    assert str(tmp_path) not in json.dumps(resolved(experiment))
+    assert resolved(experiment)["workload"]["parts"][0]["path"] == "t.csv"
 
 
 def test_a_shared_path_stays_as_written(file: Path) -> None:
@@ -317,6 +470,59 @@ def test_loading_leaves_the_data_it_was_given_alone() -> None:
         (
             "workload.model=foo",
             "workload.model: nothing serves 'foo'. There are: qwen3-vl-8b-awq.",
+        ),
+        (
+            "workload.arrivals={kind: gamma}",
+            "workload.arrivals.cv: kind 'gamma' needs cv or burstiness, one of it",
+        ),
+        (
+            "workload.arrivals={cv: 2}",
+            "workload.arrivals.cv: a Poisson process has none to choose; write kind: gamma or "
+            "weibull",
+        ),
+        (
+            "workload.arrivals={kind: weibull, cv: 2, burstiness: 1}",
+            "workload.arrivals.burstiness: kind 'weibull' has none; write kind: gamma, or give cv",
+        ),
+        (
+            "workload.arrivals={kind: gamma, cv: 1000}",
+            "workload.arrivals.cv: 1000.0 is not possible; use a number from 0.01 to 100",
+        ),
+        (
+            "workload.rate_curve={points: {9: 1}}",
+            "workload.rate_curve.points: times go from 0 to below period_s; correct them",
+        ),
+        (
+            "workload.rate_curve={points: 3}",
+            "workload.rate_curve.points: must be a table {second: factor}, not 3",
+        ),
+        ("workload.deadline_s=0", "workload.deadline_s: must be greater than 0, not 0"),
+        (
+            "workload={kind: sessions, requests: 9, preset: azure_conv}",
+            "workload.preset: 'azure_conv' tells nothing of sessions; use one of agentic_coding, "
+            "mooncake_conversation",
+        ),
+        (
+            "workload={kind: sessions, requests: 9, rate_per_s: 1}",
+            "workload.turns: required without a preset, but missing",
+        ),
+        (
+            "workload={kind: servegen, path: p, rate_scale: 2, rate_per_s: 2}",
+            "workload.rate_scale: stated by rate_per_s already; delete one of them",
+        ),
+        ("workload={kind: mixed, parts: []}", "workload.parts: must have at least one entry"),
+        (
+            "workload={kind: mixed, parts: [{kind: synthetic, requests: 9, preset: azure_con}]}",
+            "workload.parts.0.preset: there is no 'azure_con'; did you mean 'azure_conv'?",
+        ),
+        (
+            "workload={kind: mixed, parts: [{kind: mixed, parts: []}]}",
+            "workload.parts.0.kind: unknown kind 'mixed'. There are: synthetic, sessions, trace, "
+            "servegen.",
+        ),
+        (
+            "workload={kind: mixed, parts: [{kind: trace, path: t, model: foo}]}",
+            "workload.parts.0.model: nothing serves 'foo'. There are: qwen3-vl-8b-awq.",
         ),
         ("seeds=[]", "seeds: must have at least one entry"),
         ("seeds=3", "seeds: must be a list, not 3"),

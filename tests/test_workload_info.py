@@ -7,10 +7,17 @@ from typing import Any
 import pytest
 
 from viisim.workload.info import TraceInfo, trace_info
+from viisim.workload.trace_file import read_trace
 
 AZURE_CONV = "traces/azure_llm_2023/AzureLLMInferenceTrace_conv.csv.gz"
 AZURE_CODE = "traces/azure_llm_2023/AzureLLMInferenceTrace_code.csv.gz"
 MOONCAKE = "traces/mooncake_fast25/conversation_trace.jsonl.gz"
+RAGPULSE = "traces/ragpulse/0_trace.jsonl.gz"
+LLMSERVINGSIM = (
+    "calibration/llmservingsim_vllm/workloads/sharegpt-llama-3.1-8b-300-sps10.blk16.jsonl.gz"
+)
+BURSTGPT_3 = "traces/burstgpt/BurstGPT_3_first400.csv"
+WEKA = "traces/samples/weka_14_sessions.ranges.jsonl"
 
 
 def info_of(folder: Path, *rows: tuple[float, int, list[int]]) -> TraceInfo:
@@ -25,7 +32,7 @@ def info_of(folder: Path, *rows: tuple[float, int, list[int]]) -> TraceInfo:
     return trace_info(path)
 
 
-@pytest.mark.parametrize("trace", [AZURE_CONV, AZURE_CODE, MOONCAKE])
+@pytest.mark.parametrize("trace", [AZURE_CONV, AZURE_CODE, MOONCAKE, RAGPULSE, LLMSERVINGSIM])
 def test_real_traces_have_the_published_figures(shared: Path, trace: str):
     expected = json.loads((shared / "data/stats.json").read_text())[trace]
     info = trace_info(shared / "data" / trace).to_dict()
@@ -43,23 +50,53 @@ def test_real_traces_have_the_published_figures(shared: Path, trace: str):
     assert rounded == {key: expected[key] for key in rounded}
 
 
-def test_the_mooncake_trace_has_the_published_prefix_figures(shared: Path):
-    expected = json.loads((shared / "data/stats.json").read_text())[MOONCAKE]
-    info = trace_info(shared / "data" / MOONCAKE)
+@pytest.mark.parametrize("trace", [MOONCAKE, LLMSERVINGSIM])
+def test_real_traces_have_the_published_prefix_figures(shared: Path, trace: str):
+    expected = json.loads((shared / "data/stats.json").read_text())[trace]
+    info = trace_info(shared / "data" / trace)
     assert info.prefix_share is not None
     assert round(info.prefix_share, 4) == expected["prefix_hit_token_share_infinite_cache"]
     assert info.unique_blocks == expected["unique_blocks"]
     assert info.block_tokens == expected["block_tokens"]
 
 
+def test_ragpulse_has_the_published_prefix_figure_and_sessions(shared: Path):
+    # The figure was published over the tokens of all components; `prefix_share` is over whole
+    # prompts, which are a little longer.
+    expected = json.loads((shared / "data/stats.json").read_text())[RAGPULSE]
+    info = trace_info(shared / "data" / RAGPULSE)
+    pieces = read_trace(shared / "data" / RAGPULSE).piece_tokens
+    assert info.prefix_share is not None
+    assert pieces is not None
+    hit_tokens = info.prefix_share * info.prompt_tokens.mean * info.requests
+    published = expected["prefix_hit_token_share_infinite_cache"]
+    assert round(hit_tokens / pieces.sum(), 4) == published
+    assert info.block_tokens is None
+    assert (info.sessions, info.multi_turn_sessions) == (
+        expected["sessions"],
+        expected["multi_turn_sessions"],
+    )
+
+
+def test_failed_requests_of_burstgpt_are_counted_as_skipped(shared: Path):
+    info = trace_info(shared / "data" / BURSTGPT_3, skip_bad=True)
+    assert (info.requests, info.skipped_rows) == (399, 1)
+    assert info.first_bad is not None
+    assert info.first_bad.startswith("117: `Request tokens` is 0")
+
+
+def test_agentic_sessions_are_closed_loop_and_share_most_of_their_prompts(shared: Path):
+    info = trace_info(shared / "data" / WEKA)
+    assert (info.requests, info.sessions, info.closed_loop_turns) == (219, 20, 199)
+    assert info.prefix_share is not None
+    assert 0.8 < info.prefix_share < 0.95
+
+
 def test_a_trace_without_hash_ids_has_no_prefix_figures(shared: Path):
     info = trace_info(shared / "data/traces/samples/azure_conv_first300.csv")
-    assert (info.format, info.prefix_share, info.unique_blocks, info.block_tokens) == (
-        "azure",
-        None,
-        None,
-        None,
-    )
+    assert (info.format, info.skipped_rows, info.first_bad) == ("azure", 0, None)
+    assert (info.prefix_share, info.unique_blocks, info.block_tokens) == (None, None, None)
+    assert (info.sessions, info.multi_turn_sessions, info.closed_loop_turns) == (None, None, 0)
 
 
 def test_a_prefix_ends_at_the_first_block_not_seen_before(tmp_path: Path):

@@ -10,10 +10,15 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from viisim.errors import InputError
+from viisim.workload.arrivals import Gamma, RateCurve
+from viisim.workload.interface import Labels, SharedPrefix
+from viisim.workload.lengths import Constant, Geometric
+from viisim.workload.prefixes import Library, Passages, Prefixes, chained_blocks
 from viisim.workload.request import Request
-from viisim.workload.synthetic import Prefixes, Synthetic
+from viisim.workload.synthetic import Synthetic
 
 PREFIXES = Prefixes(share=0.5, groups=20, tokens=512)
+PASSAGES = Passages(pool=500, per_request=4, zipf=0.7, tokens=Geometric(100), share=0.8)
 
 
 def synthetic(**changes: Any) -> Synthetic:
@@ -54,13 +59,15 @@ def test_other_seeds_give_other_requests():
     chunk=st.integers(1, 90),
     total=st.integers(1, 80),
     prefixes=st.sampled_from([None, PREFIXES]),
+    passages=st.sampled_from([None, PASSAGES]),
     seed=st.integers(0, 2**40),
 )
 def test_a_request_depends_neither_on_the_chunk_size_nor_on_how_many_follow(
-    chunk: int, total: int, prefixes: Prefixes | None, seed: int
+    chunk: int, total: int, prefixes: Prefixes | None, passages: Passages | None, seed: int
 ):
-    whole = drawn(seed, requests=80, prefixes=prefixes, streamed=0.5)
-    parts = drawn(seed, requests=total, prefixes=prefixes, streamed=0.5, chunk_requests=chunk)
+    given = {"prefixes": prefixes, "passages": passages, "streamed": 0.5, "gaps": Gamma(2.0)}
+    whole = drawn(seed, requests=80, **given)
+    parts = drawn(seed, requests=total, chunk_requests=chunk, **given)
     assert parts == whole[:total]
 
 
@@ -175,6 +182,126 @@ def test_a_preset_brings_its_rate_unless_another_is_given():
     assert Synthetic.from_preset("azure_conv", requests=1, model="m").rate_per_s == 5.53042
     slow = Synthetic.from_preset("azure_conv", requests=1, model="m", rate_per_s=0.8)
     assert slow.rate_per_s == 0.8
+
+
+def test_the_arrival_process_changes_arrivals_only():
+    poisson, bursty = drawn(), drawn(gaps=Gamma(3.0), rate_curve=RateCurve({0: 0.5, 9: 2.0}))
+    assert arrivals(poisson) != arrivals(bursty)
+    assert lengths(poisson) == lengths(bursty)
+
+
+def test_arrivals_have_the_stated_cv():
+    gaps = np.diff(arrivals(drawn(requests=40_000, gaps=Gamma(2.0))))
+    # Gamma gaps of shape k = 1/4: the cv of n scatters by sqrt((1 + k) / (2 n)) / k.
+    assert abs(gaps.std() / gaps.mean() - 2) <= 4 * np.sqrt(1.25 / (2 * 40_000)) / 0.25
+
+
+def test_labels_are_on_every_request():
+    labels = Labels(traffic_class="batch", tenant="acme", priority=4, deadline_s=2.5)
+    for request in drawn(labels=labels):
+        view = request.view
+        assert (view.traffic_class, view.tenant, view.priority) == ("batch", "acme", 4)
+        assert view.deadline_s == view.arrived_s + 2.5
+
+
+def test_labels_change_nothing_else():
+    plain, marked = drawn(), drawn(labels=Labels(tenant="acme"))
+    assert arrivals(plain) == arrivals(marked)
+    assert lengths(plain) == lengths(marked)
+
+
+def test_an_impossible_deadline_is_named():
+    with pytest.raises(InputError, match="deadline_s: 0 is not possible"):
+        Labels(deadline_s=0)
+
+
+def test_a_named_prefix_has_a_segment_and_a_block_of_that_name():
+    named = Prefixes(share=1.0, groups=1, tokens=512, name="system")
+    (request,) = drawn(requests=1, prefixes=named)
+    assert request.prompt[0] == (SharedPrefix("system", 0), 512)
+    assert request.view.prefix_blocks == chained_blocks([request.prompt[0]], 512)
+    assert request.view.prefix_blocks[0] < 0
+
+
+# -- passages --------------------------------------------------------------------------------
+
+
+def test_passages_come_on_top_of_the_prompt():
+    plain, retrieved = drawn(prefixes=PREFIXES), drawn(prefixes=PREFIXES, passages=PASSAGES)
+    for before, after in zip(plain, retrieved, strict=True):
+        passages = [tokens for segment, tokens in after.prompt if segment >= 20]
+        assert after.view.prompt_tokens == before.view.prompt_tokens + sum(passages)
+        assert after.prompt[: len(before.prompt) - 1] == before.prompt[:-1]
+
+
+def test_a_passage_has_the_same_length_in_every_prompt():
+    pieces = {piece for request in drawn(passages=PASSAGES) for piece in request.prompt[:-1]}
+    assert len(pieces) == len({segment for segment, _ in pieces})
+
+
+def test_as_many_prompts_have_passages_as_stated():
+    some = np.mean([len(r.prompt) > 1 for r in drawn(requests=5000, passages=PASSAGES)])
+    assert abs(some - 0.8) <= 4 * np.sqrt(0.8 * 0.2 / 5000)
+
+
+def test_popular_passages_are_as_popular_as_zipf_says():
+    library = Library(PASSAGES, np.random.default_rng(1))
+    drawn_ids = [p for row in library.draw(np.random.default_rng(2), 20_000) for p in row[:1]]
+    weights = np.arange(1, 501) ** -0.7
+    for top in (1, 5, 50):
+        share = weights[:top].sum() / weights.sum()
+        measured = np.mean(np.array(drawn_ids) < top)
+        assert abs(measured - share) <= 4 * np.sqrt(share * (1 - share) / len(drawn_ids))
+
+
+def test_no_passage_stands_twice_in_a_prompt():
+    for request in drawn(passages=PASSAGES):
+        segments = [segment for segment, _ in request.prompt]
+        assert len(segments) == len(set(segments))
+
+
+def test_the_scheduler_sees_all_full_blocks_of_a_prompt_with_passages():
+    for request in drawn(passages=PASSAGES, prefixes=PREFIXES):
+        assert request.view.prefix_block_tokens == 64
+        assert len(request.view.prefix_blocks) == request.view.prompt_tokens // 64
+
+
+def test_blocks_are_equal_as_far_as_prompts_are():
+    fixed = Passages(pool=2, per_request=1, zipf=0.0, tokens=Constant(128))
+    requests = drawn(passages=fixed)
+    for first in requests[:20]:
+        for other in requests[20:40]:
+            same = first.prompt[0] == other.prompt[0]
+            shared = set(first.view.prefix_blocks) & set(other.view.prefix_blocks)
+            assert len(shared) == (2 if same else 0)
+
+
+def test_own_tokens_before_the_passages_leave_no_block_in_common():
+    behind = Passages(pool=2, per_request=1, zipf=0.0, tokens=Constant(128), behind_own_tokens=9)
+    blocks = [block for r in drawn(passages=behind) for block in r.view.prefix_blocks]
+    assert len(blocks) == len(set(blocks))
+
+
+def test_block_ids_are_the_same_in_every_process():
+    pieces = [(SharedPrefix("system", 1), 80), (7, 50)]
+    assert chained_blocks(pieces, 64) == BLOCKS_OF_PIECES
+
+
+BLOCKS_OF_PIECES = (-47838405348499851, 48598097942348042)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pool": 0}, {"per_request": 0}, {"zipf": -1}, {"share": 2}, {"behind_own_tokens": -1}],
+)
+def test_impossible_passages_are_named(change: dict[str, Any]):
+    (name,) = change
+    given = {"pool": 9, "per_request": 4, "zipf": 0.7, "tokens": Constant(9)}
+    with pytest.raises(InputError, match=f"passages.{name}: "):
+        Passages(**(given | change))
+
+
+# -- limits and mistakes ---------------------------------------------------------------------
 
 
 def test_long_answers_are_cut_to_the_limit_and_counted():

@@ -2,16 +2,21 @@
 
 import gzip
 import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from viisim.errors import InputError
+from viisim.workload import trace as replay
 from viisim.workload.request import Request
-from viisim.workload.trace import TraceReplay
+from viisim.workload.trace import TraceReplay, earliest, next_turns
+from viisim.workload.trace_file import TraceColumns, Words
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -190,6 +195,181 @@ def test_an_impossible_parameter_is_named(tmp_path: Path, change: dict[str, Any]
     with pytest.raises(InputError) as error:
         replayed(written(tmp_path, AZURE), **change)
     assert complaint in str(error.value)
+
+
+# What a format may know besides
+
+
+def columns(*arrived_ns: int, **changes: Any) -> TraceColumns:
+    """A trace of such arrivals, one block of 16 tokens each, as an importer would give it."""
+    rows = len(arrived_ns)
+    plain = {
+        "format": "made here",
+        "arrived_ns": np.array(arrived_ns),
+        "prompt_tokens": np.full(rows, 20),
+        "output_tokens": np.full(rows, 5),
+        "block_tokens": 16,
+        "first_block": np.arange(rows),
+        "block_count": np.ones(rows, dtype=np.int64),
+        "block_ids": np.arange(100, 100 + rows),
+        "piece_tokens": None,
+        "think_ns": np.full(rows, -1),
+        "priority": np.zeros(rows, dtype=np.int64),
+        "words": {},
+        "skipped_rows": 0,
+        "first_bad": "",
+    }
+    return TraceColumns(**plain | changes)
+
+
+def words(*codes: int) -> Words:
+    return Words(np.array(codes), ("ann", "bob"))
+
+
+Replay = Callable[..., TraceReplay]
+
+
+@pytest.fixture
+def replay_of(monkeypatch: pytest.MonkeyPatch) -> Replay:
+    """A replay of columns instead of a file."""
+
+    def make(trace: TraceColumns, **changes: Any) -> TraceReplay:
+        monkeypatch.setattr(replay, "read_trace", lambda path, skip_bad: trace)
+        return TraceReplay(path="trace", model="m", **changes)
+
+    return make
+
+
+def test_session_tenant_class_and_priority_reach_the_scheduler(replay_of: Replay):
+    trace = columns(
+        0,
+        1,
+        words={"session": words(1, -1), "tenant": words(0, 1), "traffic_class": words(-1, 0)},
+        priority=np.array([3, 0]),
+    )
+    views = [request.view for request in replay_of(trace).requests(1)]
+    assert [(v.session, v.tenant, v.traffic_class, v.priority) for v in views] == [
+        ("bob", "ann", "", 3),
+        ("", "bob", "ann", 0),
+    ]
+
+
+def test_the_experiment_says_which_model_is_served(replay_of: Replay):
+    trace = columns(0, words={"model": words(0)})
+    assert [request.view.model for request in replay_of(trace).requests(1)] == ["m"]
+
+
+def test_what_is_behind_the_last_full_block_is_the_requests_own(replay_of: Replay):
+    (request,) = replay_of(columns(0)).requests(1)
+    assert request.prompt == ((100, 16), (-1, 4))
+    assert request.view.prefix_blocks == (100,)
+
+
+def test_pieces_keep_lengths_of_their_own(replay_of: Replay):
+    trace = columns(
+        0,
+        block_tokens=0,
+        block_count=np.array([2]),
+        block_ids=np.array([7, 8]),
+        piece_tokens=np.array([3, 10]),
+    )
+    (request,) = replay_of(trace).requests(1)
+    assert request.prompt == ((7, 3), (8, 10), (-1, 7))
+    assert request.view.prefix_blocks == (7, 8)
+    assert request.view.prefix_block_tokens == 7  # (3 + 10) / 2, rounded up
+
+
+# Closed loop
+
+
+SESSIONS = columns(
+    0,
+    10,
+    20,
+    30,
+    40,
+    words={"session": words(0, 1, 0, 0, -1)},
+    think_ns=np.array([-1, -1, 7, 0, 5]),
+)
+
+
+def test_a_turn_waits_for_the_answer_and_the_pause(replay_of: Replay):
+    ann, bob, alone = replay_of(SESSIONS).requests(1)
+    assert [r.view.id for r in (ann, bob, alone)] == ["r0", "r1", "r4"]
+    second = following(ann, answered_ns=1000)
+    assert (second.view.id, second.arrived_ns, second.view.arrived_s) == ("r2", 1007, 1007 / 1e9)
+    third = following(second, answered_ns=2000)
+    assert (third.view.id, third.arrived_ns) == ("r3", 2000)
+    assert (bob.next_turn, third.next_turn, alone.next_turn) == (None, None, None)
+
+
+def following(request: Request, answered_ns: int) -> Request:
+    assert request.next_turn is not None
+    return request.next_turn(answered_ns)
+
+
+def test_all_turns_count(replay_of: Replay):
+    assert replay_of(SESSIONS).total_requests == 5
+
+
+def test_the_time_scale_leaves_pauses_alone(replay_of: Replay):
+    ann, bob, _ = replay_of(SESSIONS, time_scale=3.0).requests(1)
+    assert bob.arrived_ns == 30
+    assert following(ann, answered_ns=1000).arrived_ns == 1007
+
+
+def test_without_a_closed_loop_turns_come_at_their_recorded_times(replay_of: Replay):
+    requests = list(replay_of(SESSIONS, closed_loop=False).requests(1))
+    assert arrivals(requests) == [0, 10, 20, 30, 40]
+    assert all(request.next_turn is None for request in requests)
+
+
+def test_both_loops_have_the_same_requests(replay_of: Replay):
+    """Who streams, prompts and lengths do not depend on when a turn comes."""
+    plain = {
+        request.view.id: (replace(request.view, arrived_s=0.0), request.prompt)
+        for request in replay_of(SESSIONS, closed_loop=False, streamed=0.5).requests(1)
+    }
+    waiting = replay_of(SESSIONS, streamed=0.5).requests(1)
+    turns = [turn for request in waiting for turn in at_once(request)]
+    assert {r.view.id: (replace(r.view, arrived_s=0.0), r.prompt) for r in turns} == plain
+
+
+def at_once(request: Request) -> Iterator[Request]:
+    """The request and its next turns, as if every answer took no time."""
+    yield request
+    if request.next_turn is not None:
+        yield from at_once(request.next_turn(request.arrived_ns))
+
+
+def test_a_turn_follows_the_latest_before_it_even_one_that_came_by_itself():
+    trace = columns(0, 1, 2, words={"session": words(0, 0, 0)}, think_ns=np.array([-1, -1, 4]))
+    assert next_turns(trace).tolist() == [-1, 2, -1]
+
+
+def test_the_earliest_of_a_trace_leave_nothing_of_the_others():
+    kept = earliest(SESSIONS, 2)
+    assert len(kept) == 2
+    assert next_turns(kept).tolist() == [-1, -1]
+    assert earliest(SESSIONS, None) is SESSIONS
+
+
+def test_a_session_slows_down_with_its_answers(tmp_path: Path):
+    rows = [
+        {"session_id": "s", "timestamp": 100},
+        {"session_id": "s", "delay": 250, "hash_ids": [1, 2, 9]},
+    ]
+    path = tmp_path / "sessions.jsonl"
+    path.write_text("".join(json.dumps(turn(**row)) + "\n" for row in rows))
+    (first,) = replayed(path)
+    second = following(first, answered_ns=5_000_000_000)
+    assert second.arrived_ns == 5_250_000_000
+    assert second.view.prefix_blocks == (1, 2, 9)
+    assert second.view.session == first.view.session == "s"
+
+
+def turn(**row: Any) -> dict[str, Any]:
+    return {"input_length": 1100, "output_length": 5, "hash_ids": [1, 2, 3]} | row
 
 
 # The real files

@@ -56,7 +56,7 @@ def test_a_broken_azure_row_is_named_by_its_line(tmp_path: Path, row: str, expec
         ("[1, 2]", "not a JSON object"),
         ("7", "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),
-        (GOOD_MOONCAKE.replace("hash_ids", "ids"), "`hash_ids` missing; a Mooncake row needs"),
+        (GOOD_MOONCAKE.replace("output_length", "out"), "`output_length` missing; a Mooncake row"),
         (GOOD_MOONCAKE.replace("600", '"600"'), "`input_length` is '600'; it must be"),
         (GOOD_MOONCAKE.replace("600", "true"), "`input_length` is True"),
         (
@@ -87,17 +87,26 @@ def test_blank_lines_count_when_a_line_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "header", ["time,in,out", "TIMESTAMP,ContextTokens", "hello", "1,2,3", "[]"]
+    ("header", "hint"),
+    [
+        ("time,in,out", "known are azure, burstgpt, guidellm, "),
+        ("TIMESTAMP,ContextTokens", "azure needs GeneratedTokens too"),
+        ("Timestamp,Model,Request tokens", "burstgpt needs Response tokens too"),
+        ("hello", "known are azure"),
+        ("[]", "known are azure"),
+        ('{"chat": 1}', "known are azure"),
+        ('{"sent_s": 1, "prompt_tokens": 3}', "viisim_requests needs output_tokens too"),
+    ],
 )
-def test_a_file_of_another_kind_says_what_is_expected(tmp_path: Path, header: str):
-    message = complaint(tmp_path, f"{header}\n1,2,3\n".encode())
-    assert message.startswith("trace:1: neither Mooncake JSONL nor an Azure CSV: no column ")
-    assert message.endswith("it needs TIMESTAMP, ContextTokens, GeneratedTokens")
+def test_a_file_of_another_kind_says_what_is_closest(tmp_path: Path, header: str, hint: str):
+    message = complaint(tmp_path, f"\n{header}\n1,2,3\n".encode())
+    assert message.startswith("trace:2: no known trace has the ")
+    assert hint in message
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", gzip.compress(b"", mtime=0)])
 def test_an_empty_file_is_named(tmp_path: Path, content: bytes):
-    assert "the file is empty; give an Azure CSV or Mooncake JSONL" in complaint(tmp_path, content)
+    assert "the file is empty; give a trace as CSV or JSON lines" in complaint(tmp_path, content)
 
 
 def test_a_header_without_rows_is_named(tmp_path: Path):
@@ -129,7 +138,7 @@ def test_a_damaged_gz_is_named(tmp_path: Path):
 
 def test_what_is_not_text_is_named(tmp_path: Path):
     message = complaint(tmp_path, bytes(range(128, 256)) * 4)
-    assert message == "trace:1: not UTF-8 text; give an Azure CSV or Mooncake JSONL"
+    assert message == "trace:1: not UTF-8 text; give a trace as CSV or JSON lines"
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
@@ -138,5 +147,48 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 
 def test_a_folder_is_named(tmp_path: Path):
-    with pytest.raises(InputError, match=r"Is a directory; give a readable trace file"):
+    with pytest.raises(InputError, match=r"Is a directory; give a readable trace file or run"):
         read_trace(tmp_path)
+
+
+def test_skipped_rows_are_counted_and_the_first_is_kept(tmp_path: Path):
+    path = tmp_path / "trace"
+    broken = GOOD_AZURE.replace("374", "many")
+    path.write_text(HEADER + broken + GOOD_AZURE + "1,2\n" + "\n" + GOOD_AZURE)
+    trace = read_trace(path, skip_bad=True)
+    assert (len(trace), trace.skipped_rows) == (2, 2)
+    assert trace.first_bad.startswith("2: `ContextTokens` is 'many'; it must be")
+
+
+def test_broken_rows_at_the_beginning_can_be_skipped(tmp_path: Path):
+    path = tmp_path / "trace"
+    path.write_text("{\n" + "[1]\n" + GOOD_MOONCAKE)
+    trace = read_trace(path, skip_bad=True)
+    assert (trace.format, len(trace), trace.skipped_rows) == ("mooncake", 1, 2)
+
+
+def test_what_the_csv_reader_refuses_can_be_skipped(tmp_path: Path):
+    path = tmp_path / "trace"
+    path.write_text(HEADER + f'"{"x" * 200_000}",374,44\n' + GOOD_AZURE)
+    trace = read_trace(path, skip_bad=True)
+    assert (len(trace), trace.skipped_rows) == (1, 1)
+    assert trace.first_bad.startswith("2: field larger than field limit")
+
+
+def test_a_trace_whose_rows_are_all_skipped_is_an_error(tmp_path: Path):
+    path = tmp_path / "trace"
+    path.write_text(HEADER + GOOD_AZURE.replace("374", "0"))
+    with pytest.raises(InputError, match=r"none of 1 requests can be used; line 2: `ContextTok"):
+        read_trace(path, skip_bad=True)
+
+
+def test_a_whole_trace_skips_nothing(tmp_path: Path):
+    path = tmp_path / "trace"
+    path.write_text(HEADER + GOOD_AZURE)
+    trace = read_trace(path, skip_bad=True)
+    assert (trace.skipped_rows, trace.first_bad) == (0, "")
+
+
+def test_a_servegen_pool_is_named_with_the_way_to_use_it(tmp_path: Path):
+    message = complaint(tmp_path, b'{"pool": "language/m-small", "clients": []}')
+    assert "generate a workload from it with `kind: servegen`" in message

@@ -13,22 +13,18 @@ result again says where the file is (`--set workload.path=FILE`).
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     ConfigDict,
     Field,
-    PrivateAttr,
     ValidationError,
-    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -49,36 +45,59 @@ from viisim.profile import (
     Whole,
     load_profile,
 )
-from viisim.workload.interface import DEFAULT_MAX_OUTPUT_TOKENS, Workload
-from viisim.workload.parameters import MAX_TOKENS
-from viisim.workload.presets import load_preset
-from viisim.workload.synthetic import Prefixes, Synthetic
-from viisim.workload.trace import TraceReplay
+from viisim.workload.config import (
+    MixedWorkload,
+    ServeGenWorkload,
+    SessionsWorkload,
+    SyntheticWorkload,
+    TraceWorkload,
+    WorkloadConfig,
+    build_workload,
+    models_asked_for,
+    scaled,
+    workload_files,
+)
+from viisim.workload.config_parts import Located, Positive, shared_folder
+from viisim.workload.interface import Workload
 
-Positive: TypeAlias = Annotated[float, Field(gt=0)]
-Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+__all__ = [
+    "ClusterConfig",
+    "DeployConfig",
+    "EngineConfig",
+    "Experiment",
+    "LimitsConfig",
+    "MixedWorkload",
+    "PolicyConfig",
+    "PredictorConfig",
+    "ReplicaConfig",
+    "ServeGenWorkload",
+    "SessionsWorkload",
+    "SimulatedReplica",
+    "Slo",
+    "SloConfig",
+    "SyntheticWorkload",
+    "TraceWorkload",
+    "WorkerConfig",
+    "WorkloadConfig",
+    "build_workload",
+    "experiment_from",
+    "load_experiment",
+    "resolved",
+    "scaled",
+    "schema",
+    "shared_folder",
+    "workload_files",
+]
 
-_SHARED = "$VIISIM_SHARED/"
 _LIMITS = Limits()
 _PREDICTOR_SAMPLE = 10_000
-
-
-class _Located(Strict):
-    """A part that names files: it remembers the folder of the document it stands in."""
-
-    _folder: Path = PrivateAttr(default=Path())
-
-    def model_post_init(self, context: Any) -> None:
-        """Takes the folder from the validation context."""
-        if context:
-            self._folder = context["folder"]
 
 
 # --------------------------------------------------------------------------------------
 # The policy
 
 
-class PolicyConfig(_Located):
+class PolicyConfig(Located):
     """`{name: least_loaded}` or `{class: "path/to/file.py:Class"}`, and its parameters."""
 
     model_config = ConfigDict(extra="allow")
@@ -166,7 +185,7 @@ class WorkerConfig(Strict):
         return self
 
 
-class ReplicaConfig(_Located):
+class ReplicaConfig(Located):
     """`count` equal replicas."""
 
     count: Count = 1
@@ -175,6 +194,9 @@ class ReplicaConfig(_Located):
     tensor_parallel: Count = 1
     profile: str | None = None
     """A profile's name, or a YAML file; `device/model` if absent."""
+    slowdown: Positive = 1.0
+    """Every step takes so many times what the profile says, as on a card that throttles. Nobody
+    tells the policy."""
     engine: EngineConfig = EngineConfig()
     worker: WorkerConfig = WorkerConfig()
 
@@ -231,136 +253,8 @@ class SimulatedReplica:
     device: str
     tensor_parallel: int
     profile: Profile
+    slowdown: float
     settings: EngineSettings
-
-
-# --------------------------------------------------------------------------------------
-# The workload
-
-
-def _written_length(value: Any) -> Any:
-    """A length as written. Keys of a table become text, as JSON would make them."""
-    if isinstance(value, Mapping):
-        return {str(key): number for key, number in value.items()}
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(
-            f"must be a number of tokens, a preset's name, {{geometric: mean}} or a table "
-            f"{{percent: tokens}}, not {value!r}"
-        )
-    return value
-
-
-Length: TypeAlias = Annotated[
-    Any,
-    AfterValidator(_written_length),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
-                {"type": "string"},
-                {"type": "object", "additionalProperties": {"type": "number"}},
-                {"type": "null"},
-            ]
-        }
-    ),
-]
-
-
-class PrefixConfig(Strict):
-    """A `share` of the prompts begins with one of `groups` prefixes of `tokens` tokens."""
-
-    share: Fraction
-    groups: Count
-    tokens: Count
-
-
-class SyntheticWorkload(Strict):
-    """Poisson arrivals with lengths of a preset, or given; what is given goes before it."""
-
-    kind: Literal["synthetic"]
-    model: str | None = None
-    """Which model the requests ask for; may be left out when the cluster serves only one."""
-    requests: Count
-    preset: str | None = None
-    rate_per_s: Positive | None = None
-    prompt_tokens: Length = Field(default=None, validate_default=False)
-    output_tokens: Length = Field(default=None, validate_default=False)
-    rank_correlation: Annotated[float, Field(ge=-1, le=1)] | None = None
-    streamed: Fraction = 1.0
-    prefixes: PrefixConfig | None = None
-    max_output_tokens: Count = DEFAULT_MAX_OUTPUT_TOKENS
-
-    @model_validator(mode="after")
-    def _can_be_drawn(self) -> Self:
-        for name in ("rate_per_s", "prompt_tokens", "output_tokens"):
-            if self.preset is None and getattr(self, name) is None:
-                raise inside(f"{name}: required without a preset, but missing")
-        try:
-            build_workload(self, model="")
-        except InputError as error:
-            raise inside(str(error)) from None
-        return self
-
-
-class TraceWorkload(_Located):
-    """The requests of a recorded trace. The file is read when the workload is built."""
-
-    kind: Literal["trace"]
-    model: str | None = None
-    """Which model the requests ask for; may be left out when the cluster serves only one."""
-    path: str = Field(min_length=1)
-    time_scale: Positive = 1.0
-    """2.0 is twice as slow: half the rate."""
-    limit: Count | None = None
-    streamed: Fraction = 1.0
-    max_output_tokens: Count = DEFAULT_MAX_OUTPUT_TOKENS
-
-    @property
-    def file(self) -> Path:
-        """The path to open on this machine."""
-        if self.path.startswith(_SHARED):
-            return shared_folder() / self.path.removeprefix(_SHARED)
-        return self._folder / self.path
-
-
-WorkloadConfig: TypeAlias = SyntheticWorkload | TraceWorkload
-
-
-def shared_folder() -> Path:
-    """The folder of shared traces: the variable VIISIM_SHARED, else `../shared` beside the
-    checkout."""
-    return Path(os.environ.get("VIISIM_SHARED") or Path(__file__).parents[2] / "shared")
-
-
-def build_workload(config: WorkloadConfig, model: str) -> Workload:
-    """The workload; its requests ask for `model`. Reads the file of a trace.
-
-    Raises InputError naming the parameter, or the trace's file and line.
-    """
-    if isinstance(config, TraceWorkload):
-        return TraceReplay(
-            path=config.file,
-            model=model,
-            time_scale=config.time_scale,
-            limit=config.limit,
-            streamed=config.streamed,
-            max_output_tokens=config.max_output_tokens,
-        )
-    preset = None if config.preset is None else load_preset(config.preset)
-    drawn = {
-        name: getattr(preset, name) if getattr(config, name) is None else getattr(config, name)
-        for name in ("rate_per_s", "prompt_tokens", "output_tokens", "rank_correlation")
-    }
-    if drawn["rank_correlation"] is None:
-        del drawn["rank_correlation"]
-    return Synthetic(
-        requests=config.requests,
-        model=model,
-        streamed=config.streamed,
-        prefixes=Prefixes(**config.prefixes.model_dump()) if config.prefixes else None,
-        max_output_tokens=config.max_output_tokens,
-        **drawn,
-    )
 
 
 # --------------------------------------------------------------------------------------
@@ -445,16 +339,17 @@ class Experiment(Strict):
 
     @model_validator(mode="after")
     def _requests_ask_for_a_served_model(self) -> Self:
-        models, asked = self.cluster.models, self.workload.model
-        if asked is None and len(models) > 1:
-            raise inside(f"workload.model: required with several models: {', '.join(models)}")
-        if asked is not None and asked not in models:
-            raise inside(f"workload.model: nothing serves {asked!r}. {nearest(asked, models)}")
+        models = self.cluster.models
+        for key, asked in models_asked_for(self.workload):
+            if asked is None and len(models) > 1:
+                raise inside(f"workload.{key}: required with several models: {', '.join(models)}")
+            if asked is not None and asked not in models:
+                raise inside(f"workload.{key}: nothing serves {asked!r}. {nearest(asked, models)}")
         return self
 
     @property
     def model(self) -> str:
-        """The model that the workload's requests ask for."""
+        """The model that the workload's requests ask for, unless a part of it names another."""
         return self.workload.model or self.cluster.models[0]
 
     def build_workload(self) -> Workload:
@@ -500,6 +395,7 @@ def _simulated(replica_id: str, entry: ReplicaConfig) -> SimulatedReplica:
         device=entry.device or profile.device,
         tensor_parallel=entry.tensor_parallel,
         profile=profile,
+        slowdown=entry.slowdown,
         settings=entry.engine.resolve(profile),
     )
 
@@ -543,7 +439,9 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
         if entry.worker.kind != "url":
             written["engine"] = entry.engine.resolve(entry.load_profile()).model_dump()
             written["profile"] = _portable(entry.profile_name)
-    for part, key in ((content["workload"], "path"), (content["policy"], "class")):
+    workload = content["workload"]
+    parts = [(part, "path") for part in (workload, *workload.get("parts", ()))]
+    for part, key in (*parts, (content["policy"], "class")):
         if key in part:
             part[key] = _portable(part[key])
     return content

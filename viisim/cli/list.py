@@ -57,5 +57,5 @@ def presets() -> dict[str, str]:
     found = {}
     for name in preset_names():
         preset = load_preset(name)
-        found[name] = f"{preset.source}, {preset.rate_per_s:.2f} requests/s ({preset.licence})"
+        found[name] = f"{preset.source}, {preset.rate_per_s:.3g} requests/s ({preset.licence})"
     return found

@@ -77,7 +77,7 @@ def recorded_experiment(recorded: LoadedRun, folder: Path, trace: Path | None) -
 
     Raises InputError when the trace is missing or another one.
     """
-    from viisim.config import TraceWorkload, experiment_from
+    from viisim.config import experiment_from, workload_files
     from viisim.results import file_hash
 
     manifest = recorded.path / "manifest.json"
@@ -86,13 +86,13 @@ def recorded_experiment(recorded: LoadedRun, folder: Path, trace: Path | None) -
         experiment = experiment_from(recorded.manifest["config"], str(manifest), folder, moved)
     except InputError as error:
         raise InputError(f"{error} (--folder DIR says where relative paths start)") from error
-    if isinstance(experiment.workload, TraceWorkload):
-        file = experiment.workload.file
+    for key, file in workload_files(experiment.workload).items():
+        how = "--trace FILE" if key == "path" else "--folder DIR, where relative paths start"
         if not file.is_file():
-            raise InputError(f"{file}: no such trace; say with --trace FILE where it is")
-        if file_hash(file) != recorded.manifest["sha256"].get("workload.path"):
+            raise InputError(f"{file}: no such trace; say with {how} where it is")
+        if file_hash(file) != recorded.manifest["sha256"].get(f"workload.{key}"):
             raise InputError(
                 f"{file}: not the trace that was run (its SHA-256 differs from {manifest}); give "
-                "that one with --trace FILE"
+                f"that one with {how}"
             )
     return experiment

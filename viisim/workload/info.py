@@ -30,6 +30,10 @@ class TraceInfo:
 
     format: str
     requests: int
+    skipped_rows: int
+    """Broken rows, and requests without an answer, that were left out."""
+    first_bad: str | None
+    """The first of them, as "line: what is wrong with it"."""
     span_s: float
     """From the first to the last arrival."""
     rate_per_s: float | None
@@ -45,26 +49,35 @@ class TraceInfo:
     zero_outputs: int
     """Requests recorded with an answer of 0 tokens."""
     prefix_share: float | None
-    """Share of all prompt tokens whose blocks an earlier request has brought: the hits of an
-    unbounded prefix cache."""
+    """Share of all prompt tokens that an earlier request has brought as its own beginning: the
+    hits of an unbounded prefix cache."""
     unique_blocks: int | None
+    """Different blocks, or pieces of a prompt, each with all that stands before it."""
     block_tokens: int | None
+    """None also where pieces have lengths of their own."""
+    sessions: int | None
+    multi_turn_sessions: int | None
+    closed_loop_turns: int
+    """Requests that wait for the answer to the turn before them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nested as here, for JSON."""
         return asdict(self)
 
 
-def trace_info(path: str | Path) -> TraceInfo:
+def trace_info(path: str | Path, *, skip_bad: bool = False) -> TraceInfo:
     """The figures of the trace in `path`. Raises InputError as `read_trace` does."""
-    trace = read_trace(path)
+    trace = read_trace(path, skip_bad=skip_bad)
     span_ns = int(trace.arrived_ns[-1])
     span_s = span_ns / 1e9
     seconds = _window_counts(trace.arrived_ns, 1)
     prefix_share, unique_blocks = _prefix_reuse(trace)
+    sessions, multi_turn_sessions = _sessions(trace)
     return TraceInfo(
         format=trace.format,
         requests=len(trace),
+        skipped_rows=trace.skipped_rows,
+        first_bad=trace.first_bad or None,
         span_s=span_s,
         rate_per_s=len(trace) / span_s if span_s else None,
         interarrival_cv=_interarrival_cv(trace.arrived_ns),
@@ -76,6 +89,9 @@ def trace_info(path: str | Path) -> TraceInfo:
         prefix_share=prefix_share,
         unique_blocks=unique_blocks,
         block_tokens=trace.block_tokens or None,
+        sessions=sessions,
+        multi_turn_sessions=multi_turn_sessions,
+        closed_loop_turns=int(np.count_nonzero(trace.think_ns >= 0)),
     )
 
 
@@ -106,14 +122,25 @@ def _dispersion(counts: Column, windows: int) -> float:
 
 
 def _prefix_reuse(trace: TraceColumns) -> tuple[float | None, int | None]:
-    """The share of prompt tokens in blocks seen before, and the number of different blocks."""
-    if not trace.block_tokens:
+    """The share of prompt tokens in pieces seen before, and the number of different pieces."""
+    if not len(trace.block_ids):
         return None, None
     seen: set[int] = set()
     hit_tokens = 0
-    for request, prompt_tokens in enumerate(trace.prompt_tokens.tolist()):
-        blocks = trace.blocks(request)
-        hits = next((k for k, block in enumerate(blocks) if block not in seen), len(blocks))
-        hit_tokens += min(hits * trace.block_tokens, prompt_tokens)
-        seen.update(blocks[hits:])
+    for request in range(len(trace)):
+        pieces = trace.pieces(request)
+        for hits, (piece, tokens) in enumerate(pieces):
+            if piece not in seen:
+                seen.update(piece for piece, _ in pieces[hits:])
+                break
+            hit_tokens += tokens
     return hit_tokens / int(trace.prompt_tokens.sum()), len(seen)
+
+
+def _sessions(trace: TraceColumns) -> tuple[int | None, int | None]:
+    """How many sessions there are, and how many of them have several turns."""
+    words = trace.words.get("session")
+    if words is None:
+        return None, None
+    turns = np.bincount(words.codes[words.codes >= 0])
+    return int(np.count_nonzero(turns)), int(np.count_nonzero(turns > 1))

@@ -1,6 +1,6 @@
 """Reads recorded traces into columns, whatever their format, plain or gzip.
 
-A file is recognised by what it holds, not by its name: `trace_formats` lists what is known.
+A file is recognised by what it holds, not by its name: `formats` lists what is known.
 """
 
 from __future__ import annotations
@@ -9,67 +9,43 @@ import csv
 import gzip
 import io
 import zlib
-from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import chain
-from math import ceil
 from pathlib import Path
-from typing import BinaryIO, TypeAlias, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import BinaryIO, TypeVar, cast
 
 from viisim.errors import InputError
-from viisim.workload.trace_formats import (
-    MOONCAKE_BLOCK_TOKENS,
-    BadLineError,
-    Row,
-    azure_rows,
-    mooncake_rows,
-)
+from viisim.workload.formats import HEAD_LINES, reader_of
+from viisim.workload.formats.columns import Column, ColumnsBuilder, TraceColumns, Words
+from viisim.workload.formats.records import RunReader, run_records
+from viisim.workload.formats.rows import CsvReader, Reader
+from viisim.workload.formats.values import BadRowError, UnfinishedError
 
-Column: TypeAlias = NDArray[np.int64]
+__all__ = ["Column", "TraceColumns", "Words", "read_trace"]
 
+Line = TypeVar("Line")
 
-@dataclass(frozen=True, slots=True)
-class TraceColumns:
-    """A trace in memory: 32 bytes a request, and 8 a prefix block."""
-
-    format: str
-    arrived_ns: Column
-    """Since the first arrival, never decreasing."""
-    prompt_tokens: Column
-    output_tokens: Column
-    """As recorded: 0 is possible."""
-    block_tokens: int
-    """Prompt tokens per hash id; 0 when the format has none."""
-    first_block: Column
-    """Where in `block_ids` a request's ids begin."""
-    block_ids: Column
-
-    def __len__(self) -> int:
-        return len(self.arrived_ns)
-
-    def blocks(self, request: int) -> list[int]:
-        """The hash ids of a request's prompt, the last one perhaps for a partial block."""
-        if not self.block_tokens:
-            return []
-        start = int(self.first_block[request])
-        count = ceil(int(self.prompt_tokens[request]) / self.block_tokens)
-        return cast("list[int]", self.block_ids[start : start + count].tolist())
+RUN_FILE = "requests.parquet"
+_PARQUET = b"PAR1"
 
 
-def read_trace(path: str | Path) -> TraceColumns:
+def read_trace(path: str | Path, *, skip_bad: bool = False) -> TraceColumns:
     """The trace in `path`, sorted by arrival (equal times keep the order of the file).
 
-    Raises InputError, naming the file and the line, for anything that is not such a trace.
+    `path` may be a run directory. With `skip_bad`, broken rows are left out and counted. Raises
+    InputError, naming the file and the line, for anything that is not such a trace.
     """
+    path = Path(path)
+    if (path / RUN_FILE).is_file():
+        path = path / RUN_FILE
     lines = _Lines()
     try:
-        with open(path, "rb") as file, _text(file) as text:
-            return _recognised(lines.of(text))
-    except BadLineError as problem:
+        with open(path, "rb") as file:
+            if file.peek(4)[:4] == _PARQUET:
+                return _columns(RunReader(), lines.of(run_records(path)), lines, skip_bad)
+            with _text(file) as text:
+                return _read_text(text, path.parent, lines, skip_bad)
+    except BadRowError as problem:
         raise InputError(f"{path}:{lines.number}: {problem}") from None
     except csv.Error as problem:
         raise InputError(f"{path}:{lines.number}: {problem}; correct or delete the row") from None
@@ -78,19 +54,20 @@ def read_trace(path: str | Path) -> TraceColumns:
         raise InputError(f"{where}: the gzip data are cut or damaged; fetch it again") from None
     except UnicodeDecodeError:
         where = f"{path}:{lines.number + 1}"
-        raise InputError(f"{where}: not UTF-8 text; give an Azure CSV or Mooncake JSONL") from None
+        raise InputError(f"{where}: not UTF-8 text; give a trace as CSV or JSON lines") from None
     except OSError as problem:
-        raise InputError(f"{path}: {problem.strerror}; give a readable trace file") from None
+        repair = "give a readable trace file or run directory"
+        raise InputError(f"{path}: {problem.strerror}; {repair}") from None
 
 
 class _Lines:
-    """Counts the lines of a text as they are read."""
+    """Counts the lines of a text, or the rows of a table, as they are read."""
 
     def __init__(self) -> None:
         self.number = 0
 
-    def of(self, text: io.TextIOWrapper) -> Iterator[str]:
-        for line in text:
+    def of(self, lines: Iterable[Line]) -> Iterator[Line]:
+        for line in lines:
             self.number += 1
             yield line
 
@@ -102,35 +79,59 @@ def _text(file: io.BufferedReader) -> io.TextIOWrapper:
     return io.TextIOWrapper(cast(BinaryIO, data), encoding="utf-8-sig", newline="\n")
 
 
-def _recognised(text: Iterator[str]) -> TraceColumns:
-    first = next((line for line in text if line.strip()), None)
+def _read_text(text: Iterable[str], folder: Path, lines: _Lines, skip_bad: bool) -> TraceColumns:
+    text = iter(text)
+    head = _head(lines.of(text))
+    first = next((line for line in head if not line.isspace()), None)
     if first is None:
-        raise BadLineError("the file is empty; give an Azure CSV or Mooncake JSONL")
-    text = chain([first], text)
-    if first.lstrip().startswith("{"):
-        return _columns("mooncake", MOONCAKE_BLOCK_TOKENS, mooncake_rows(text))
-    return _columns("azure", 0, azure_rows(text))
+        raise BadRowError("the file is empty; give a trace as CSV or JSON lines")
+    # Lines are counted anew: from here on they are read one by one.
+    lines.number = head.index(first) + 1
+    reader = reader_of(head[lines.number - 1 :], folder)
+    lines.number = 0
+    counted = lines.of(chain(head, text))
+    if not isinstance(reader, CsvReader):
+        return _columns(reader, counted, lines, skip_bad)
+    records = csv.reader(counted)
+    next(cells for cells in records if any(cells))  # the header
+    return _columns(reader, records, lines, skip_bad)
 
 
-def _columns(trace_format: str, block_tokens: int, rows: Iterator[Row]) -> TraceColumns:
-    """Collects the rows in 64-bit arrays, sorts them and counts time from the first."""
-    arrived_ns, prompts, outputs, first_block, block_ids = (array("q") for _ in range(5))
-    for arrived, prompt, output, blocks in rows:
-        arrived_ns.append(arrived)
-        prompts.append(prompt)
-        outputs.append(output)
-        first_block.append(len(block_ids))
-        block_ids.extend(blocks)
-    if not arrived_ns:
-        raise BadLineError("there are no requests; give a trace with at least one row")
-    arrivals = np.array(arrived_ns)
-    order = np.argsort(arrivals, kind="stable")
-    return TraceColumns(
-        format=trace_format,
-        arrived_ns=arrivals[order] - arrivals[order[0]],
-        prompt_tokens=np.array(prompts)[order],
-        output_tokens=np.array(outputs)[order],
-        block_tokens=block_tokens,
-        first_block=np.array(first_block)[order],
-        block_ids=np.array(block_ids, dtype=np.int64),
-    )
+def _head(lines: Iterator[str]) -> list[str]:
+    """The first lines, up to HEAD_LINES that are not blank."""
+    head: list[str] = []
+    held = 0
+    for line in lines:
+        head.append(line)
+        held += not line.isspace()
+        if held == HEAD_LINES:
+            break
+    return head
+
+
+def _columns(
+    reader: Reader[Line], records: Iterator[Line], lines: _Lines, skip_bad: bool
+) -> TraceColumns:
+    builder = ColumnsBuilder(reader)
+    while True:
+        try:
+            record = next(records, None)
+            if record is None:
+                break
+            for row in reader.rows(record):
+                builder.add(row)
+        except (BadRowError, csv.Error) as problem:
+            if not (skip_bad or isinstance(problem, UnfinishedError)):
+                raise
+            builder.skip(lines.number, str(problem))
+    for unfinished in reader.unfinished():
+        builder.skip(lines.number, unfinished)
+    if not len(builder):
+        raise BadRowError(_nothing(builder))
+    return builder.columns()
+
+
+def _nothing(builder: ColumnsBuilder) -> str:
+    if not builder.skipped_rows:
+        return "there are no requests; give a trace with at least one row"
+    return f"none of {builder.skipped_rows} requests can be used; line {builder.first_bad}"
