@@ -1,27 +1,39 @@
 """Metrics against small cases computed by hand, and saturation against queues we know."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.comparison_builders import in_classes
 from tests.result_builders import NS, Objectives, queue, result, row, samples, totals
+from viisim.definitions import DEFINITIONS
+from viisim.fairness import fair_shares, jain
+from viisim.invariants import InvariantError, check_invariants
 from viisim.metrics import (
-    DEFINITIONS,
-    InvariantError,
     SeedMetrics,
     binned_distribution,
-    check_invariants,
     distribution,
-    estimate,
-    is_saturated,
     seed_metrics,
     summarise,
 )
 from viisim.records import ITL_EDGES_S, REFUSED, SHED, UNFINISHED
+from viisim.saturation import is_saturated
+from viisim.statistics import estimate
 
 ANY = Objectives()
+
+
+@dataclass(frozen=True)
+class ClassObjectives(Objectives):
+    """Objectives with others for some traffic classes."""
+
+    classes: Mapping[str, Objectives] = field(default_factory=dict)
+
+
 NEVER = -1e-9
 
 
@@ -168,7 +180,144 @@ def test_a_run_in_which_nothing_was_served_has_counts_and_no_figures() -> None:
     assert seed["latencies"]["e2e_s"]["count"] == 0
 
 
+# -- traffic classes --
+
+CHAT, BATCH = 0, 1
+
+
+def two_classes(slo: Objectives = ANY, **other: Any) -> SeedMetrics:
+    """Two chat requests with a TTFT of 1 s, then two of batch with one of 5 s."""
+    chat = [row(i, i, i, i + 1, i + 2, traffic_class=CHAT) for i in (0, 1)]
+    batch = [row(i, i, i, i + 5, i + 9, traffic_class=BATCH) for i in (2, 3)]
+    return metrics(*chat, *batch, slo=slo, traffic_classes=("chat", "batch"), **other)
+
+
+def test_a_class_is_measured_by_its_own_requests() -> None:
+    classes = two_classes()["classes"]
+    assert [classes[name]["latencies"]["ttft_s"]["mean"] for name in ("chat", "batch")] == [1, 5]
+    assert classes["batch"]["outcomes"]["finished"] == 2
+
+
+def test_rates_of_the_classes_add_up_to_the_whole() -> None:
+    seed = two_classes()
+    name = "throughput_output_tokens_per_s"
+    each = [group["values"][name] for group in seed["classes"].values()]
+    assert sum(each) == seed["values"][name]  # type: ignore[arg-type]
+
+
+def test_the_warm_up_of_a_class_is_its_part_of_the_whole() -> None:
+    classes = two_classes(warmup_fraction=0.25)["classes"]
+    assert [group["measured_requests"] for group in classes.values()] == [1, 2]
+
+
+def test_a_class_is_judged_by_its_own_objectives_instead_of_the_general_ones() -> None:
+    slo = ClassObjectives(ttft_s=2.0, classes={"batch": Objectives(e2e_s=10.0)})
+    seed = two_classes(slo)
+    assert seed["values"]["slo_attainment"] == 1.0
+    strict = two_classes(ClassObjectives(ttft_s=2.0, classes={"batch": Objectives(e2e_s=8.0)}))
+    assert strict["classes"]["batch"]["values"]["slo_attainment"] == 0.0
+    assert strict["values"]["slo_attainment"] == 0.5
+
+
+def test_a_class_without_any_objective_has_no_goodput() -> None:
+    slo = ClassObjectives(ttft_s=2.0, classes={"batch": Objectives()})
+    seed = two_classes(slo)
+    assert seed["classes"]["batch"]["values"]["goodput_requests_per_s"] is None
+    assert seed["values"]["slo_attainment"] == 1.0
+
+
+def test_requests_of_no_class_are_not_listed_apart() -> None:
+    assert metrics(row(0))["classes"] == {}
+
+
+def test_a_class_that_a_seed_lacks_is_estimated_from_the_others() -> None:
+    classes = ("chat", "batch")
+    both = result(row(0, traffic_class=CHAT), row(1, traffic_class=BATCH), traffic_classes=classes)
+    chat = result(row(0), seed=2, traffic_classes=("chat",))
+    summary = summarise([both, chat], ANY, 0.0)
+    each = {name: group["latencies"]["e2e_s"]["mean"] for name, group in summary["classes"].items()}
+    assert (each["chat"]["seeds"], each["batch"]["seeds"]) == (2, 1)
+
+
+# -- tenants --
+
+
+def test_shares_are_max_min_fair() -> None:
+    # 10 for four: the two modest get what they want, the others half of what is left each.
+    assert fair_shares(np.array([1.0, 9.0, 2.0, 5.0]), 10.0).tolist() == [1.0, 3.5, 2.0, 3.5]
+
+
+def test_shares_never_exceed_the_demand() -> None:
+    assert fair_shares(np.array([1.0, 2.0]), 10.0).tolist() == [1.0, 2.0]
+
+
+def test_jains_index_is_one_over_n_when_one_gets_everything() -> None:
+    assert jain(np.array([3.0, 3.0, 3.0])) == 1.0
+    assert jain(np.array([7.0, 0.0, 0.0, 0.0])) == 0.25
+
+
+def two_tenants(*finished_s: float) -> SeedMetrics:
+    """Requests of 122 weighted tokens at 0, 0, 1 and 1 s, of tenants a, b, a and b in turn, and
+    one at 10 s that closes the window; -1: never finished."""
+    rows = []
+    for number, end_s in enumerate(finished_s):
+        start_s = number // 2
+        times = (start_s, start_s, start_s, end_s) if end_s > 0 else (NEVER,) * 4
+        outcome = {} if end_s > 0 else {"outcome": UNFINISHED, "output_tokens": 11}
+        rows.append(row(start_s, *times, tenant=number % 2, **outcome))
+    last = row(10, 10, 10, 10, 20, tenant=0)
+    return metrics(*rows, last, tenants=("a", "b"))
+
+
+def test_service_is_the_weighted_tokens_finished_while_requests_arrive() -> None:
+    tenants = two_tenants(2, 3, 4, 15)["tenants"]
+    assert {name: one["service_tokens"] for name, one in tenants.items()} == {"a": 244, "b": 122}
+    assert {name: one["demand_tokens"] for name, one in tenants.items()} == {"a": 366, "b": 244}
+
+
+def test_tenants_who_get_equally_much_of_what_is_short_are_served_fairly() -> None:
+    values = two_tenants(2, 3, 15, 15)["values"]
+    assert (values["jain_tenants"], values["service_min_over_max"]) == (1.0, 1.0)
+    assert values["service_gap_tokens"] == 0.0
+
+
+def test_a_tenant_who_gets_nothing_shows() -> None:
+    values = two_tenants(2, 15, 4, -1)["values"]
+    assert (values["jain_tenants"], values["service_min_over_max"]) == (0.5, 0.0)
+    assert values["service_gap_tokens"] == 244.0
+
+
+def test_a_modest_tenant_does_not_make_service_unfair() -> None:
+    # Tenant b wants a tenth, and gets it.
+    rows = [row(i, i, i, i, i + 0.5, tenant=int(i == 5)) for i in range(10)]
+    closing = row(11, 11, 11, 11, 12, prompt_tokens=0, output_tokens=0)
+    values = metrics(*rows, closing, tenants=("a", "b"))["values"]
+    assert values["jain_tenants"] == 1.0
+    assert values["jain_service"] == pytest.approx(100 / (2 * 82))
+
+
+def test_what_can_never_be_served_is_not_demand() -> None:
+    refused = unserved(REFUSED) | {"tenant": 1}
+    seed = metrics(row(0, 0, 0, 0, 1), refused, row(2), tenants=("a", "b"))
+    assert seed["tenants"]["b"]["demand_tokens"] == 0.0
+    assert seed["values"]["jain_tenants"] is None
+
+
+def test_a_single_tenant_has_no_fairness() -> None:
+    seed = metrics(row(0))
+    assert (seed["tenants"], seed["values"]["jain_tenants"]) == ({}, None)
+
+
 # -- over seeds --
+
+
+def test_turns_that_were_never_sent_are_counted() -> None:
+    assert metrics(row(0), unsent_requests=3)["values"]["unsent_requests"] == 3
+
+
+def test_a_summary_names_the_length_predictor() -> None:
+    predictor = {"kind": "noisy", "rank_correlation": 0.7}
+    assert summarise([result(row(0))], ANY, 0.0, predictor)["predictor"] == predictor
 
 
 def test_interval_is_students() -> None:
@@ -196,6 +345,8 @@ def test_a_summary_says_how_it_was_computed() -> None:
 def test_every_figure_of_a_summary_is_defined() -> None:
     summary = summarise([queue(0.8, 500)], ANY, 0.1)
     assert summary["latencies"].keys() | summary["values"].keys() <= DEFINITIONS.keys()
+    tenants = summarise([in_classes(queue(0.8, 500))], ANY, 0.1)["tenants"]
+    assert tenants["a"].keys() - {"outcomes"} <= DEFINITIONS.keys()
 
 
 # -- saturation --

@@ -28,10 +28,10 @@ from policies.journal import Segment
 from viisim.config import (
     Experiment,
     SimulatedReplica,
-    TraceWorkload,
     experiment_from,
     load_experiment,
     resolved,
+    workload_files,
 )
 from viisim.engine.step_time import CalibratedRange, DecodePoint, StepTime
 from viisim.journal import JournalWriter
@@ -112,7 +112,7 @@ def _spec(replica: SimulatedReplica, devices: tuple[str, ...]) -> ReplicaSpec:
         replica.model,
         devices,
         settings.scheduler_settings(),
-        step_time_of(replica.profile, settings.max_num_seqs),
+        step_time_of(replica.profile, settings.max_num_seqs, replica.slowdown),
         settings.coalesce,
         step_costs_of(replica.profile, settings.max_num_batched_tokens),
     )
@@ -305,7 +305,8 @@ def run_experiment(
             run_seed(experiment, seed, file, _named(seed, on_progress))
             for seed, file in zip(seeds, files, strict=True)
         ]
-    summary = summarise(results, experiment.slo, experiment.warmup_fraction)
+    predictor = experiment.predictor.model_dump(exclude_none=True)
+    summary = summarise(results, experiment.slo, experiment.warmup_fraction, predictor)
     return Run(experiment, tuple(results), summary)
 
 
@@ -425,8 +426,8 @@ def input_hashes(experiment: Experiment) -> dict[str, str]:
         for index, entry in enumerate(experiment.cluster.replicas)
         if entry.worker.kind != "url"
     }
-    if isinstance(experiment.workload, TraceWorkload):
-        hashes["workload.path"] = file_hash(experiment.workload.file)
+    for key, file in workload_files(experiment.workload).items():
+        hashes[f"workload.{key}"] = file_hash(file)
     source = _file_of(type(experiment.policy.make()))
     if source is not None:
         hashes["policy"] = file_hash(Path(source))

@@ -1,6 +1,6 @@
 """What a run is judged by: per-seed metrics, and their summary over seeds.
 
-Definitions, each also written into the summary (`DEFINITIONS`):
+Definitions; each is also written into the summary, see `viisim.definitions`:
 
 - Measured requests are those left after the warm-up cut, the first share of requests by order
   of arrival. Latencies are taken over the measured requests that finished; the others are
@@ -12,60 +12,38 @@ Definitions, each also written into the summary (`DEFINITIONS`):
   (or arrival) of a measured request, as `vllm bench serve` does; throughput and goodput count
   what finished inside it, whenever it arrived.
 - Inter-token latencies and the engine's counters cover the whole run: they are kept as sums.
+- A traffic class is measured as the whole is, over its own requests and against its own SLO where
+  it has one, in the same window. How tenants are compared, `viisim.fairness` says.
 
 Lengths of time are seconds here, floats, computed from the integer nanoseconds of the records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
-from viisim.records import FINISHED, ITL_EDGES_S, OUTCOMES, REFUSED, SHED, SeedResult
+from viisim.definitions import DEFINITIONS
+from viisim.fairness import demand_and_service, fair_shares, fairness
+from viisim.invariants import check_invariants
+from viisim.records import FINISHED, ITL_EDGES_S, OUTCOMES, SeedResult
+from viisim.saturation import is_saturated
+from viisim.statistics import Estimate, estimate
 
 Columns: TypeAlias = Mapping[str, NDArray[Any]]
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
 
-DEFINITIONS = {
-    "busy_share": "share of the run that replicas spent computing, mean over replicas",
-    "e2e_s": "finished - arrived; finished requests",
-    "engine_steps": "engine steps that computed something, whole run",
-    "extrapolated_steps": "engine steps outside the profile's calibrated range, whole run",
-    "goodput_requests_per_s": "requests per second of the window that met every SLO given; a plain "
-    "request meets TTFT and TPOT if it ends when a stream that just meets both would have ended",
-    "hold_s": "dispatched - arrived, the wait in the central queue; finished requests",
-    "interval": "half width of the 95 % Student t interval of the mean over seeds",
-    "itl_s": "gaps between consecutive tokens of a sequence, whole run, read from bins of equal "
-    "ratio (2.3 % wide)",
-    "kv_use_max": "as kv_use_mean, the largest sample",
-    "kv_use_mean": "share of a replica's KV blocks in use; samples of all replicas in the window",
-    "percentiles": "numpy 'linear'",
-    "preemptions": "sequences that lost their blocks and were recomputed, whole run",
-    "prefix_hit_rate": "share of the prompt tokens looked up that were cached, whole run",
-    "queue_s": "started - dispatched, the wait inside the engine; finished requests",
-    "saturated": "over the arrival window: mean number in system in the last quarter above 1.5 x "
-    "that of the second, never back at the latter, and grown by over 5 % of the arrivals between",
-    "slo_attainment": "share of measured requests that met every SLO; shed, refused and "
-    "unfinished ones missed it",
-    "throughput_output_tokens_per_s": "output tokens of what finished in the window",
-    "throughput_requests_per_s": "requests finished in the window",
-    "throughput_total_tokens_per_s": "prompt and output tokens of what finished in the window",
-    "tpot_s": "(finished - first token) / (output tokens - 1); streamed finished requests of more "
-    "than one token",
-    "ttft_s": "first token - arrived, holding included; streamed finished requests",
-    "warmup": "the first `warmup_fraction` of requests by order of arrival are not measured",
-    "window": "from the first measured arrival to the last finish or arrival of a measured request",
-}
-"""What each figure means, for whoever reads a `summary.json` without this file."""
-
 
 class Slo(Protocol):
-    """Service-level objectives in seconds; None where none is set."""
+    """Service-level objectives in seconds; None where none is set.
+
+    It may have `classes`, a mapping of traffic classes to objectives of the same shape, each in
+    the place of these for its class.
+    """
 
     @property
     def ttft_s(self) -> float | None: ...
@@ -92,97 +70,159 @@ class Histogram(TypedDict):
     counts: list[int]
 
 
-class SeedMetrics(TypedDict):
-    """One seed. `values` holds the rates, shares and engine counters by name."""
+class GroupMetrics(TypedDict):
+    """Some requests of one seed: all of them, or those of a traffic class."""
 
-    seed: int
     requests: int
     measured_requests: int
     outcomes: dict[str, int]
+    latencies: dict[str, Distribution]
+    values: dict[str, float | None]
+
+
+class TenantMetrics(TypedDict):
+    """One tenant in one seed; tokens are weighted."""
+
+    outcomes: dict[str, int]
+    demand_tokens: float
+    service_tokens: float
+    fair_tokens: float
+    ttft_s: Distribution
+
+
+class SeedMetrics(GroupMetrics):
+    """One seed. `values` holds the rates, shares and engine counters by name."""
+
+    seed: int
     tpot_undefined_requests: int
     saturated: bool
     window_s: float
-    latencies: dict[str, Distribution]
-    values: dict[str, float | None]
+    classes: dict[str, GroupMetrics]
+    tenants: dict[str, TenantMetrics]
     itl_histogram: Histogram
     replicas: list[dict[str, Any]]
 
 
-class Estimate(TypedDict):
-    """Mean over the `seeds` seeds where the figure is defined, and its 95 % half width.
+class GroupSummary(TypedDict):
+    """Some requests over all seeds, and the objectives they were judged by."""
 
-    None where undefined: the mean without any seed, the half width with fewer than two.
-    """
-
-    mean: float | None
-    half_width: float | None
-    seeds: int
+    slo: dict[str, float | None]
+    outcomes: dict[str, int]
+    latencies: dict[str, dict[str, Estimate]]
+    values: dict[str, Estimate]
 
 
-class Summary(TypedDict):
+class TenantSummary(TypedDict):
+    """One tenant over all seeds; tokens are weighted."""
+
+    outcomes: dict[str, int]
+    demand_tokens: Estimate
+    service_tokens: Estimate
+    fair_tokens: Estimate
+    ttft_s: dict[str, Estimate]
+
+
+class Summary(GroupSummary):
     """All seeds of one experiment: the content of `summary.json`."""
 
     definitions: dict[str, str]
     warmup_fraction: float
-    slo: dict[str, float | None]
-    outcomes: dict[str, int]
+    predictor: dict[str, Any] | None
+    """How answer lengths were predicted, as the experiment has it; None: not stated."""
     saturated_seeds: list[int]
-    latencies: dict[str, dict[str, Estimate]]
-    values: dict[str, Estimate]
+    classes: dict[str, GroupSummary]
+    """Empty unless there are several traffic classes, or a named one."""
+    tenants: dict[str, TenantSummary]
+    """Empty unless there are several tenants, or a named one."""
     seeds: list[SeedMetrics]
-
-
-class InvariantError(AssertionError):
-    """The simulator broke one of its own rules; the message names the invariant and a row."""
 
 
 # --------------------------------------------------------------------------------------
 # Over seeds
 
 
-def summarise(results: Sequence[SeedResult], slo: Slo, warmup_fraction: float) -> Summary:
+def summarise(
+    results: Sequence[SeedResult],
+    slo: Slo,
+    warmup_fraction: float,
+    predictor: Mapping[str, Any] | None = None,
+) -> Summary:
     """Check and measure every seed, then combine them."""
     for result in results:
         check_invariants(result)
-    return combine([seed_metrics(r, slo, warmup_fraction) for r in results], slo, warmup_fraction)
+    seeds = [seed_metrics(r, slo, warmup_fraction) for r in results]
+    return combine(seeds, slo, warmup_fraction, predictor)
 
 
-def combine(seeds: Sequence[SeedMetrics], slo: Slo, warmup_fraction: float) -> Summary:
+def combine(
+    seeds: Sequence[SeedMetrics],
+    slo: Slo,
+    warmup_fraction: float,
+    predictor: Mapping[str, Any] | None = None,
+) -> Summary:
     """The summary of seeds measured one by one (in other processes, for instance)."""
     if not seeds:
         raise ValueError("a summary needs at least one seed")
-
-    def latency(name: str) -> dict[str, Estimate]:
-        each = [cast("dict[str, float | None]", seed["latencies"][name]) for seed in seeds]
-        return {
-            statistic: estimate([of_seed[statistic] for of_seed in each])
-            for statistic in ("mean", *PERCENTILES)
-        }
-
+    classes = sorted({name for seed in seeds for name in seed["classes"]})
+    tenants = sorted({name for seed in seeds for name in seed["tenants"]})
     return {
         "definitions": DEFINITIONS,
         "warmup_fraction": warmup_fraction,
-        "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "e2e_s": slo.e2e_s},
-        "outcomes": {name: sum(s["outcomes"][name] for s in seeds) for name in OUTCOMES},
+        "predictor": None if predictor is None else dict(predictor),
         "saturated_seeds": [s["seed"] for s in seeds if s["saturated"]],
-        "latencies": {name: latency(name) for name in seeds[0]["latencies"]},
-        "values": {
-            name: estimate([s["values"][name] for s in seeds]) for name in seeds[0]["values"]
+        **_combined(seeds, slo),
+        "classes": {
+            name: _combined(
+                [seed["classes"][name] for seed in seeds if name in seed["classes"]],
+                objectives_of(slo, name),
+            )
+            for name in classes
+        },
+        "tenants": {
+            name: _combined_tenant(
+                [seed["tenants"][name] for seed in seeds if name in seed["tenants"]]
+            )
+            for name in tenants
         },
         "seeds": list(seeds),
     }
 
 
-def estimate(values: Sequence[float | None]) -> Estimate:
-    """Mean and 95 % Student t half width of independent values, one a seed."""
-    known = np.array([value for value in values if value is not None], dtype=np.float64)
-    n = known.size
-    half_width = None
-    if n > 1:
-        # Six decimals of t, as printed tables have: the same figure whatever the C library.
-        t = round(float(stats.t.ppf(0.975, n - 1)), 6)
-        half_width = t * float(known.std(ddof=1)) / n**0.5
-    return {"mean": float(known.mean()) if n else None, "half_width": half_width, "seeds": n}
+def _combined(seeds: Sequence[GroupMetrics], slo: Slo) -> GroupSummary:
+    return {
+        "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "e2e_s": slo.e2e_s},
+        "outcomes": _summed(seed["outcomes"] for seed in seeds),
+        "latencies": {
+            name: _estimates([seed["latencies"][name] for seed in seeds])
+            for name in seeds[0]["latencies"]
+        },
+        "values": {
+            name: estimate([seed["values"][name] for seed in seeds]) for name in seeds[0]["values"]
+        },
+    }
+
+
+def _combined_tenant(seeds: Sequence[TenantMetrics]) -> TenantSummary:
+    return {
+        "outcomes": _summed(seed["outcomes"] for seed in seeds),
+        "demand_tokens": estimate([seed["demand_tokens"] for seed in seeds]),
+        "service_tokens": estimate([seed["service_tokens"] for seed in seeds]),
+        "fair_tokens": estimate([seed["fair_tokens"] for seed in seeds]),
+        "ttft_s": _estimates([seed["ttft_s"] for seed in seeds]),
+    }
+
+
+def _estimates(seeds: Sequence[Distribution]) -> dict[str, Estimate]:
+    each = cast("Sequence[dict[str, float | None]]", seeds)
+    return {
+        statistic: estimate([of_seed[statistic] for of_seed in each])
+        for statistic in ("mean", *PERCENTILES)
+    }
+
+
+def _summed(seeds: Iterable[dict[str, int]]) -> dict[str, int]:
+    each = list(seeds)
+    return {name: sum(outcomes[name] for outcomes in each) for name in OUTCOMES}
 
 
 # --------------------------------------------------------------------------------------
@@ -198,26 +238,87 @@ def seed_metrics(result: SeedResult, slo: Slo, warmup_fraction: float) -> SeedMe
     cut = warmup_requests(total, warmup_fraction)
     measured = {name: column[cut:] for name, column in requests.items()}
     window_ns = _window_ns(measured)
-    met = meets_slo(requests, slo)
-    judged = (slo.ttft_s, slo.tpot_s, slo.e2e_s) != (None, None, None)
+    met = meets_slo(requests, slo, result.traffic_classes)
+    judged = _is_judged(slo, *(objectives_of(slo, name) for name in result.traffic_classes))
+    whole = _group(requests, met if judged else None, cut, window_ns)
+    tenants, fair = _tenants(result, cut)
     itl_counts = np.array([replica.itl_counts for replica in result.replicas]).sum(axis=0)
-    outcomes = np.bincount(requests["outcome"], minlength=len(OUTCOMES))
+    unsent: dict[str, float | None] = {"unsent_requests": result.unsent_requests}
     return {
+        **whole,
         "seed": result.seed,
-        "requests": total,
-        "measured_requests": total - cut,
-        "outcomes": dict(zip(OUTCOMES, outcomes.tolist(), strict=True)),
         "tpot_undefined_requests": int(np.count_nonzero(_streams(measured) & _single(measured))),
         "saturated": is_saturated(requests),
         "window_s": (window_ns[1] - window_ns[0]) / 1e9,
-        "latencies": {name: distribution(values) for name, values in latencies(measured).items()}
-        | {"itl_s": binned_distribution(itl_counts)},
-        "values": _rates(requests, met if judged else None, window_ns)
-        | {"slo_attainment": _share(int(met[cut:].sum()), total - cut) if judged else None}
-        | _engine_values(result, window_ns),
+        "latencies": whole["latencies"] | {"itl_s": binned_distribution(itl_counts)},
+        "values": whole["values"] | _engine_values(result, window_ns) | fair | unsent,
+        "classes": _classes(result, slo, met, cut, window_ns),
+        "tenants": tenants,
         "itl_histogram": _histogram(itl_counts),
         "replicas": _replica_totals(result),
     }
+
+
+def _group(
+    requests: Columns, met: NDArray[np.bool_] | None, cut: int, window_ns: tuple[int, int]
+) -> GroupMetrics:
+    """Figures of some requests, the first `cut` of which are not measured; `met` says which met
+    their SLO, None that there was none to meet."""
+    total = requests["outcome"].size
+    measured = {name: column[cut:] for name, column in requests.items()}
+    attained = None if met is None else _share(int(met[cut:].sum()), total - cut)
+    return {
+        "requests": total,
+        "measured_requests": total - cut,
+        "outcomes": _outcomes(requests),
+        "latencies": {name: distribution(values) for name, values in latencies(measured).items()},
+        "values": _rates(requests, met, window_ns) | {"slo_attainment": attained},
+    }
+
+
+def _classes(
+    result: SeedResult, slo: Slo, met: NDArray[np.bool_], cut: int, window_ns: tuple[int, int]
+) -> dict[str, GroupMetrics]:
+    """Each traffic class by itself."""
+    groups = {}
+    for code, name in _named(result.traffic_classes):
+        own = result.requests["traffic_class"] == code
+        requests = {key: column[own] for key, column in result.requests.items()}
+        own_met = met[own] if _is_judged(objectives_of(slo, name)) else None
+        groups[name] = _group(requests, own_met, int(np.count_nonzero(own[:cut])), window_ns)
+    return groups
+
+
+def _tenants(
+    result: SeedResult, cut: int
+) -> tuple[dict[str, TenantMetrics], dict[str, float | None]]:
+    """Each tenant by itself, and how evenly they were served."""
+    requests, names = result.requests, result.tenants
+    demand, service = demand_and_service(requests, len(names), cut)
+    shares = fair_shares(demand, float(service.sum()))
+    tenants: dict[str, TenantMetrics] = {}
+    for code, name in _named(names):
+        rows = np.flatnonzero(requests["tenant"] == code)
+        own = {key: column[rows] for key, column in requests.items()}
+        measured = {key: column[rows >= cut] for key, column in own.items()}
+        tenants[name] = {
+            "outcomes": _outcomes(own),
+            "demand_tokens": float(demand[code]),
+            "service_tokens": float(service[code]),
+            "fair_tokens": float(shares[code]),
+            "ttft_s": distribution(latencies(measured)["ttft_s"]),
+        }
+    return tenants, fairness(demand, service)
+
+
+def _named(names: Sequence[str]) -> list[tuple[int, str]]:
+    """Codes and names; none where all requests are nameless."""
+    return [] if set(names) <= {""} else list(enumerate(names))
+
+
+def _outcomes(requests: Columns) -> dict[str, int]:
+    counts = np.bincount(requests["outcome"], minlength=len(OUTCOMES))
+    return dict(zip(OUTCOMES, counts.tolist(), strict=True))
 
 
 def warmup_requests(total: int, warmup_fraction: float) -> int:
@@ -225,51 +326,42 @@ def warmup_requests(total: int, warmup_fraction: float) -> int:
     return int(warmup_fraction * total)
 
 
-def meets_slo(requests: Columns, slo: Slo) -> NDArray[np.bool_]:
-    """Which requests finished and met every SLO given.
+def objectives_of(slo: Slo, traffic_class: str) -> Slo:
+    """What requests of a class must meet: the class's own objectives, or the general ones."""
+    classes: Mapping[str, Slo] = getattr(slo, "classes", {})
+    return classes.get(traffic_class, slo)
+
+
+def _is_judged(*objectives: Slo) -> bool:
+    return any((o.ttft_s, o.tpot_s, o.e2e_s) != (None, None, None) for o in objectives)
+
+
+def meets_slo(
+    requests: Columns, slo: Slo, traffic_classes: Sequence[str] = ("",)
+) -> NDArray[np.bool_]:
+    """Which requests finished and met every SLO given for their class.
 
     A stream of one token has no TPOT to miss. A plain request has no visible first token: TTFT
     and TPOT together bound its end, at the instant where a stream that just meets both ends.
     """
-    inf = float("inf")
-    ttft_s, tpot_s, e2e_s = (inf if s is None else s for s in (slo.ttft_s, slo.tpot_s, slo.e2e_s))
+    each = [objectives_of(slo, name) for name in traffic_classes]
+    codes = requests["traffic_class"]
+    ttft_s = _limits_s([one.ttft_s for one in each])[codes]
+    tpot_s = _limits_s([one.tpot_s for one in each])[codes]
+    e2e_s = _limits_s([one.e2e_s for one in each])[codes]
     gaps = np.maximum(requests["output_tokens"] - 1, 0)
     first_s = (requests["first_token_ns"] - requests["arrived_ns"]) / 1e9
     whole_s = (requests["finished_ns"] - requests["arrived_ns"]) / 1e9
     mean_gap_s = (requests["finished_ns"] - requests["first_token_ns"]) / np.maximum(gaps, 1) / 1e9
     stream = (first_s <= ttft_s) & ((mean_gap_s <= tpot_s) | (gaps == 0))
-    plain = whole_s <= (ttft_s + tpot_s * gaps if tpot_s < inf else inf)
+    bounded = np.isfinite(tpot_s)
+    plain = ~bounded | (whole_s <= ttft_s + np.where(bounded, tpot_s, 0.0) * gaps)
     met = np.where(requests["streamed"], stream, plain) & (whole_s <= e2e_s)
     return np.asarray(met & (requests["outcome"] == FINISHED))
 
 
-def is_saturated(requests: Columns) -> bool:
-    """Whether the queue was still growing when the last request arrived.
-
-    Compares the number of requests in the system in the last quarter of the arrival window
-    with its mean `before` in the second quarter. Saturated means all of: the mean is more than
-    1.5 times as high; at no instant of the last quarter was it back at `before`, as a stable
-    queue would be after any passing rush; and it rose by more than 5 % of the requests that
-    arrived from the middle of one quarter to that of the other, which growing traffic on a
-    cluster that keeps up does not do. Measured on M/M/1 queues of 2,000 requests: load 0.9 is
-    flagged in 0, 0.95 in 1, 1.1 in 83 and 1.2 in 99 of 100 runs. A run shorter than a few times
-    its own latency is all start-up and may be flagged: it is too short to tell.
-    """
-    entered = (requests["outcome"] != SHED) & (requests["outcome"] != REFUSED)
-    arrived = requests["arrived_ns"][entered]
-    if arrived.size < 8 or arrived[-1] == arrived[0]:
-        return False
-    quarters = np.linspace(arrived[0], arrived[-1], 5)
-    finished = requests["finished_ns"][entered]
-    left = np.where(finished < 0, arrived[-1], finished)
-    before = _mean_in_system(arrived, left, quarters[1], quarters[2])
-    after = _mean_in_system(arrived, left, quarters[3], quarters[4])
-    middles = np.searchsorted(arrived, [quarters[1:3].mean(), quarters[3:5].mean()])
-    return bool(
-        after > 1.5 * before
-        and after - before > 0.05 * (middles[1] - middles[0])
-        and _fewest_in_system(arrived, left, quarters[3], quarters[4]) > before
-    )
+def _limits_s(limits_s: Sequence[float | None]) -> NDArray[np.float64]:
+    return np.array([np.inf if limit_s is None else limit_s for limit_s in limits_s])
 
 
 def binned_distribution(counts: NDArray[np.int64]) -> Distribution:
@@ -316,7 +408,7 @@ def _single(requests: Columns) -> NDArray[np.bool_]:
 
 
 def latencies(requests: Columns) -> dict[str, NDArray[np.float64]]:
-    """The observations in seconds of every kind of latency but ITL, as `DEFINITIONS` has them."""
+    """The observations in seconds of every kind of latency but ITL; see `viisim.definitions`."""
     finished = requests["outcome"] == FINISHED
     streams = _streams(requests)
     several = streams & ~_single(requests)
@@ -403,76 +495,3 @@ def _histogram(counts: NDArray[np.int64]) -> Histogram:
 
 def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _mean_in_system(
-    arrived: NDArray[np.int64], left: NDArray[np.int64], start: float, end: float
-) -> float:
-    stay = np.minimum(left, end) - np.maximum(arrived, start)
-    return float(stay[stay > 0].sum()) / (end - start)
-
-
-def _fewest_in_system(
-    arrived: NDArray[np.int64], left: NDArray[np.int64], start: float, end: float
-) -> int:
-    """The minimum is reached at the start or just after a departure."""
-    departures = np.sort(left)
-    gone = departures[np.searchsorted(departures, start) : np.searchsorted(departures, end)]
-    instants = np.concatenate(([start], gone))
-    present = np.searchsorted(arrived, instants, "right")
-    return int((present - np.searchsorted(departures, instants, "right")).min())
-
-
-# --------------------------------------------------------------------------------------
-# Invariants
-
-
-INSTANTS = ("arrived_ns", "dispatched_ns", "started_ns", "first_token_ns", "finished_ns")
-
-
-def check_invariants(result: SeedResult) -> None:
-    """Raise InvariantError unless the result obeys I1 to I4, as far as its columns can tell."""
-    requests = result.requests
-    _check_conservation(requests)
-    _check_causality(requests)
-    last_ns = max((int(requests[name].max(initial=0)) for name in INSTANTS), default=0)
-    if last_ns > result.ended_ns:
-        raise InvariantError(f"I3 clock: something happened at {last_ns} ns, after the end")
-    usable = np.array([replica.usable_kv_blocks for replica in result.replicas], dtype=np.int64)
-    used = result.samples["kv_blocks_used"]
-    _require((used >= 0) & (used <= usable[result.samples["replica"]]), "I4 KV blocks", "sample")  # type: ignore[operator]
-
-
-def _check_conservation(requests: Columns) -> None:
-    """Each request is there once, has one fate, and the instants that belong to that fate."""
-    outcome = requests["outcome"]
-    finished = outcome == FINISHED
-    if len({column.size for column in requests.values()}) != 1:
-        raise InvariantError("I1 conservation: columns of requests differ in length")
-    if np.unique(requests["request"]).size != outcome.size:
-        raise InvariantError("I1 conservation: a request is recorded twice")
-    name = "I1 conservation"
-    _require((outcome >= 0) & (outcome < len(OUTCOMES)), f"{name}: no known outcome", "request")
-    ended = requests["finished_ns"] >= 0
-    _require(finished == ended, f"{name}: outcome and finished_ns disagree", "request")
-    _require(~finished | (requests["replica"] >= 0), f"{name}: finished nowhere", "request")
-    for instant in INSTANTS:
-        _require(~finished | (requests[instant] >= 0), f"{name}: finished, no {instant}", "request")
-
-
-def _check_causality(requests: Columns) -> None:
-    """Arrivals are in order, and so are the instants of a request, as far as they came."""
-    arrived = requests["arrived_ns"]
-    _require(np.diff(arrived, prepend=0) >= 0, "I3 clock: arrivals out of order", "request")
-    latest, named = arrived, INSTANTS[0]
-    for instant in INSTANTS[1:]:
-        came = requests[instant] >= 0
-        _require(
-            ~came | (requests[instant] >= latest), f"I2 causality: {instant} < {named}", "request"
-        )
-        latest, named = np.where(came, requests[instant], latest), instant
-
-
-def _require(holds: NDArray[np.bool_], broken: str, what: str) -> None:
-    if not holds.all():
-        raise InvariantError(f"{broken} ({what} {int(np.argmin(holds))})")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from viisim.metrics import Estimate, Summary
+from viisim.metrics import Summary
+from viisim.statistics import Estimate
 
 LATENCIES = {
     "ttft_s": "time to first token",
@@ -32,13 +34,16 @@ VALUES = {
     "kv_use_max": ("KV blocks in use, most", "%", 100),
     "busy_share": ("replicas computing", "% of time", 100),
     "preemptions": ("preemptions", "per run", 1),
+    "jain_tenants": ("fairness between tenants", "Jain's index", 1),
+    "service_min_over_max": ("least / most served tenant", "of fair share", 1),
 }
 """Other figures of a summary: label, unit, and what one is multiplied by to be in that unit."""
 
 
 def summary_report(summary: Summary, name: str = "") -> Group:
-    """The table and, under it, what a reader must know before believing it."""
-    return Group(summary_table(summary, name), *notes(summary))
+    """The tables and, under them, what a reader must know before believing them."""
+    by_class = [class_table(summary)] if len(summary["classes"]) > 1 else []
+    return Group(summary_table(summary, name), *by_class, *notes(summary))
 
 
 def summary_table(summary: Summary, name: str = "") -> Table:
@@ -48,15 +53,7 @@ def summary_table(summary: Summary, name: str = "") -> Table:
     """
     seeds = len(summary["seeds"])
     title = f"{name}: {seeds} seed{'s' if seeds > 1 else ''}" if name else None
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    table.add_column("", no_wrap=True)
+    table = _table(title)
     for heading in ("mean ± 95 %" if seeds > 1 else "mean", "p50", "p90", "p99"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("unit", no_wrap=True)
@@ -71,6 +68,51 @@ def summary_table(summary: Summary, name: str = "") -> Table:
         value = summary["values"][key]
         if value["mean"] is not None:
             table.add_row(label, _with_interval(value, scale), "", "", "", unit)
+    return table
+
+
+def class_table(summary: Summary) -> Table:
+    """A row a traffic class: mean latencies over seeds, and what met the SLO."""
+    table = _table(None)
+    for heading in ("TTFT p50 (s)", "TTFT p99 (s)", "E2E p99 (s)", "met SLO (%)", "goodput (/s)"):
+        table.add_column(heading, justify="right")
+    for name, group in summary["classes"].items():
+        latencies, values = group["latencies"], group["values"]
+        table.add_row(
+            class_name(name),
+            number(latencies["ttft_s"]["p50"]["mean"]),
+            number(latencies["ttft_s"]["p99"]["mean"]),
+            number(latencies["e2e_s"]["p99"]["mean"]),
+            number(values["slo_attainment"]["mean"], 100),
+            number(values["goodput_requests_per_s"]["mean"]),
+        )
+    return table
+
+
+def class_name(name: str) -> str:
+    """A traffic class or tenant, as tables and figures call it."""
+    return name or "(none)"
+
+
+def predictor_words(predictor: Mapping[str, Any] | None) -> str:
+    """How answer lengths were predicted, in words."""
+    if predictor is None:
+        return "not stated"
+    kind, correlation = str(predictor["kind"]), predictor.get("rank_correlation")
+    return kind if correlation is None else f"{kind} (rank correlation {correlation:g})"
+
+
+def _table(title: str | None) -> Table:
+    """A table in the style of all, with a column for what its rows are."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("", no_wrap=True)
     return table
 
 
@@ -89,6 +131,12 @@ def notes(summary: Summary) -> Iterator[Text]:
         if count:
             why = " (prompt too long for the model)" if outcome == "refused" else ""
             yield Text(f"{count:,} of {total:,} requests {outcome}{why}", style="yellow")
+    unsent = sum(seed["values"]["unsent_requests"] or 0 for seed in summary["seeds"])
+    if unsent:
+        yield Text(
+            f"{unsent:,.0f} turns of sessions never sent: an earlier one failed, or the run ended",
+            style="yellow",
+        )
     steps = sum(seed["values"]["engine_steps"] or 0 for seed in summary["seeds"])
     outside = sum(seed["values"]["extrapolated_steps"] or 0 for seed in summary["seeds"])
     if outside:
@@ -127,10 +175,20 @@ def _measured(summary: Summary) -> str:
     measured = sum(seed["measured_requests"] for seed in summary["seeds"])
     slo = [(key, summary["slo"][key]) for key in ("ttft_s", "tpot_s", "e2e_s")]
     limits = [f"{key[:-2].upper()} {limit_s:g} s" for key, limit_s in slo if limit_s is not None]
+    own = any(group["slo"] != summary["slo"] for group in summary["classes"].values())
+    more = "; some classes have their own" if own else ""
     return (
         f"{measured:,} requests measured, after a warm-up of "
-        f"{_percent(summary['warmup_fraction'])} of each seed. SLO: {', '.join(limits) or 'none'}."
+        f"{_percent(summary['warmup_fraction'])} of each seed. "
+        f"SLO: {', '.join(limits) or 'none'}{more}."
+        f"{_predicted(summary['predictor'])}"
     )
+
+
+def _predicted(predictor: Mapping[str, Any] | None) -> str:
+    if predictor is None or predictor["kind"] == "none":
+        return ""
+    return f" Lengths predicted: {predictor_words(predictor)}."
 
 
 def _percent(share: float) -> str:

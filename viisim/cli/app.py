@@ -11,10 +11,12 @@ import typer
 from policies import compiled
 from viisim import __version__
 from viisim.cli.check import check
+from viisim.cli.compare import compare
 from viisim.cli.conform import conform
 from viisim.cli.list import list_
 from viisim.cli.new import new
 from viisim.cli.replay import replay
+from viisim.cli.report import report
 from viisim.cli.run import run
 from viisim.cli.schema import schema
 from viisim.cli.trace import trace
@@ -26,6 +28,7 @@ app = typer.Typer(
 
     viisim run experiments/least_loaded.yaml
     viisim run experiments/least_loaded.yaml --set policy.name=round_robin
+    viisim compare experiments/least_loaded.yaml --policies round_robin,least_loaded
     viisim verify runs/least_loaded
     viisim new policy my_policy
     """,
@@ -37,6 +40,8 @@ app = typer.Typer(
 )
 
 app.command()(run)
+app.command()(compare)
+app.command()(report)
 app.command()(verify)
 app.command(name="list")(list_)
 app.command()(schema)
