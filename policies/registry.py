@@ -21,12 +21,24 @@ from typing import Any, TypeAlias
 from policies.interface import Policy, PolicyError
 
 POLICIES = {
+    "cache_aware": "policies.cache_aware:CacheAware",
+    "earliest_deadline": "policies.earliest_deadline:EarliestDeadline",
+    "freeness": "policies.freeness:Freeness",
+    "hybrid": "policies.hybrid:Hybrid",
+    "kv_cost": "policies.kv_cost:KvCost",
     "least_kv": "policies.least_kv:LeastKv",
     "least_loaded": "policies.least_loaded:LeastLoaded",
     "least_requests": "policies.least_requests:LeastRequests",
     "power_of_two": "policies.power_of_two:PowerOfTwo",
+    "prefix_hash": "policies.prefix_hash:PrefixHash",
     "random": "policies.random:Random",
     "round_robin": "policies.round_robin:RoundRobin",
+    "shortest_first": "policies.shortest_first:ShortestFirst",
+    "token_load": "policies.token_load:TokenLoad",
+    "twin": "policies.twin:Twin",
+    "viiwork": "policies.viiwork:Viiwork",
+    "vtc": "policies.vtc:Vtc",
+    "weighted": "policies.weighted:Weighted",
 }
 
 PolicySpec: TypeAlias = str | type[Policy] | Mapping[str, Any]

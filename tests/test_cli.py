@@ -184,7 +184,7 @@ WRONG = {
     "output over a file": (["run", "small.yaml", "--out", "faulty.py"], "faulty.py: is there"),
     "output in use": (["run", "small.yaml", "--out", "."], ".: the folder is not empty"),
     "no run": (["verify", "nope"], "nope/manifest.json: No such file"),
-    "no policy": (["check", "nope"], "unknown policy 'nope'. Known: least_kv,"),
+    "no policy": (["check", "nope"], "unknown policy 'nope'. Known: cache_aware,"),
     "no class": (["check", "faulty.py"], "'faulty.py' names no class: write module:Class"),
     "no policy's name": (["new", "policy", "9x"], "'9x' cannot name a policy"),
     "no golden trace": (["conform", "nope"], "nope: no such file or folder"),
