@@ -21,6 +21,7 @@ from policies.interface import (
     ReplicaChanged,
     ReplicaView,
     RequestView,
+    Shed,
     Verdict,
 )
 from policies.mirror import Flight, Mirror, Placement
@@ -64,7 +65,8 @@ class Twin(Policy):
     - Those who can still be served in time go first, by latest start: `deadline_s` or the TTFT
       objective, less the prompt's own time. Who cannot, at arrival, goes to a lane apart. It is
       served when that harms nobody, and at least `late_share` of the dispatches are its own, by
-      arrival, so that nobody starves.
+      arrival, so that nobody starves. With `shed_late` it is refused (`late`) instead, unless
+      a replica is idle.
     - A level of `priority` counts as `aging_s` of waiting.
 
     Answers are expected to be as long as predicted, or as the mean of their tenant and class so
@@ -80,6 +82,7 @@ class Twin(Policy):
         tpot_slo_s: float = 0.1,
         classes: Mapping[str, Mapping[str, float]] | None = None,
         late_share: float = 0.02,
+        shed_late: bool = False,
         aging_s: float = 30.0,
     ) -> None:
         general = {"ttft_slo_s": ttft_slo_s, "tpot_slo_s": tpot_slo_s}
@@ -92,7 +95,9 @@ class Twin(Policy):
             raise ValueError(f"late_share is {late_share!r}: give a share above 0, up to 1")
         if not (_is_number(aging_s) and aging_s >= 0):
             raise ValueError(f"aging_s is {aging_s!r}: give seconds, 0 to ignore priorities")
-        self._late_share, self._aging_s = late_share, aging_s
+        if not isinstance(shed_late, bool):
+            raise ValueError(f"shed_late is {shed_late!r}: give true or false")
+        self._late_share, self._shed_late, self._aging_s = late_share, shed_late, aging_s
         self._credit = 0.0
         """Dispatches that the late lane has earned."""
         self._mirrors: dict[str, dict[str, Mirror]] = {}
@@ -166,6 +171,9 @@ class Twin(Policy):
             lightest = min(ready, key=lambda replica: replica.outstanding_tokens)
             return Dispatch(request.id, lightest.id)
         best = self._best(request, ready, view)
+        if self._shed_late and request.id in self._late and _all_busy(ready):
+            self._forget_queued(request.id)
+            return Shed(request.id, "late")
         if best is None or not self._is_time(request, best, view):
             return Hold()
         self._settle(request, best, view)
@@ -302,6 +310,10 @@ class Twin(Policy):
                 view.request(request_id)
             except KeyError:
                 self._forget_queued(request_id)
+
+
+def _all_busy(ready: Sequence[ReplicaView]) -> bool:
+    return all(replica.inflight_requests for replica in ready)
 
 
 def _has_room(replica: ReplicaView, mirror: Mirror, newcomer: Flight) -> bool:

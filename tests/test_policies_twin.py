@@ -350,6 +350,12 @@ def test_late_requests_keep_their_share_of_the_dispatches():
     assert late <= set(served.order)
 
 
+def test_late_requests_are_refused_only_when_asked():
+    """Five prompts of a second each fit into five seconds."""
+    served = Overloaded(Twin(shed_late=True), 10)
+    assert (served.core.counts["shed"], served.core.queued_requests) == (5, 4)
+
+
 def test_notes_of_requests_that_the_core_sheds_are_dropped():
     policy = Twin()
     served = Overloaded(policy, 3)
@@ -371,9 +377,10 @@ def test_notes_of_requests_that_the_core_sheds_are_dropped():
         ({"classes": {"b": {"ttft": 1}}}, r"classes\.b\.ttft is unknown: give ttft_slo_s and"),
         ({"classes": {"b": 3}}, r"classes\.b is 3: give \{ttft_slo_s"),
         ({"late_share": 0}, "late_share is 0: give a share above 0, up to 1"),
+        ({"shed_late": "yes"}, "shed_late is 'yes': give true or false"),
         ({"aging_s": -1}, "aging_s is -1: give seconds"),
     ],
-    ids=["ttft", "tpot", "class", "unknown", "no mapping", "share", "aging"],
+    ids=["ttft", "tpot", "class", "unknown", "no mapping", "share", "shed", "aging"],
 )
 def test_wrong_parameters_are_refused(given, repair):
     with pytest.raises(ValueError, match=repair):

@@ -13,6 +13,7 @@ result again says where the file is (`--set workload.path=FILE`).
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -32,7 +33,7 @@ from pydantic import (
 
 from policies.interface import Limits, Policy
 from policies.predictor import History, LengthPredictor
-from policies.registry import PolicySpecError, make_policy
+from policies.registry import PolicySpecError, make_policy, policy_class
 from viisim.documents import Strict, check, inside, nearest, override, read_yaml
 from viisim.errors import InputError
 from viisim.predictors import Noisy, Oracle
@@ -110,6 +111,15 @@ class PolicyConfig(Located):
         """The policy as it was written: its name or class, then its parameters."""
         key, value = ("class", self.class_) if self.name is None else ("name", self.name)
         return {key: value, **(self.model_extra or {})}
+
+    def parameters(self) -> frozenset[str]:
+        """The names that the policy's constructor takes."""
+        return frozenset(inspect.signature(policy_class(self.spec, self._folder)).parameters)
+
+    def set_default(self, name: str, value: Any) -> None:
+        """Give a parameter that was not written."""
+        if self.model_extra is not None:
+            self.model_extra.setdefault(name, value)
 
     def make(self) -> Policy:
         """A new policy. Raises InputError, beginning with the key that is wrong."""
@@ -290,6 +300,19 @@ class PredictorConfig(Strict):
         return self
 
 
+_USUAL_ANSWER_TOKENS = 512
+
+
+def _objectives(slo: Slo) -> dict[str, float]:
+    """An SLO as times to the first token and per token. One that bounds the end only is taken as
+    half of it until the first token, and the other half for a usual answer."""
+    found = {"ttft_slo_s": slo.ttft_s, "tpot_slo_s": slo.tpot_s}
+    if slo.e2e_s is not None and slo.ttft_s is None and slo.tpot_s is None:
+        found["ttft_slo_s"] = slo.e2e_s / 2
+        found["tpot_slo_s"] = slo.e2e_s / 2 / _USUAL_ANSWER_TOKENS
+    return {name: value for name, value in found.items() if value is not None}
+
+
 class LimitsConfig(Strict):
     """The operator's limits; see `policies.interface.Limits` for meanings and defaults."""
 
@@ -336,6 +359,20 @@ class Experiment(Strict):
         if twice:
             raise ValueError(f"{twice[0]} comes twice; equal seeds give equal runs")
         return seeds
+
+    @model_validator(mode="after")
+    def _objectives_reach_the_policy(self) -> Self:
+        """The SLO is the operator's wish, and no secret: a policy with parameters of these names
+        is made with it, unless the file gives others."""
+        parameters = self.policy.parameters()
+        objectives: dict[str, Any] = _objectives(self.slo)
+        objectives["classes"] = {
+            name: found for name, slo in self.slo.classes.items() if (found := _objectives(slo))
+        }
+        for name, value in objectives.items():
+            if value and name in parameters:
+                self.policy.set_default(name, value)
+        return self
 
     @model_validator(mode="after")
     def _requests_ask_for_a_served_model(self) -> Self:
