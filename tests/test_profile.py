@@ -35,7 +35,9 @@ def mistake(tmp_path: Path, *assignments: str) -> str:
 
 
 def test_names_are_paths_below_the_shipped_folder() -> None:
-    assert profile_names() == ["bench/a100_like", "radeon_vii/qwen3-vl-8b-awq"]
+    names = profile_names()
+    assert names == sorted(names)
+    assert {"bench/a100_like", "radeon_vii/qwen3-vl-8b-awq", "mi50/qwen3-vl-8b-awq"} <= set(names)
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -100,6 +102,18 @@ def test_an_unknown_name_gets_the_nearest() -> None:
         (
             "step_time.prefill.per_token_s=-1.0",
             "step_time.prefill.per_token_s: must be greater than or equal to 0, not -1.0",
+        ),
+        (
+            "prefill_factor_by_power_cap_w={150: 0}",
+            "prefill_factor_by_power_cap_w.150: must be greater than 0, not 0",
+        ),
+        (
+            "cross_validation=folds",
+            "cross_validation: must be 'runs' or 'halves', not 'folds'",
+        ),
+        (
+            "covariance={decode: [[1.0, 2.0]], prefill: [[0, 0, 0], [0, 0, 0], [0, 0, 0]]}",
+            "covariance.decode.0.2: required, but missing",
         ),
         (
             "range.context_tokens=[5, 4]",

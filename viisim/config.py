@@ -45,7 +45,9 @@ from viisim.profile import (
     Share,
     Whole,
     load_profile,
+    profile_names,
 )
+from viisim.roofline import roofline_profile
 from viisim.workload.config import (
     MixedWorkload,
     ServeGenWorkload,
@@ -216,7 +218,17 @@ class ReplicaConfig(Located):
         return self.profile or f"{self.device}/{self.model}"
 
     def load_profile(self) -> Profile:
-        """Raises InputError for an unknown profile."""
+        """The measured profile; where there is none and none is named, an uncalibrated one from
+        the catalogues of devices and models. Raises InputError for what neither knows."""
+        if self.profile is None and self.profile_name not in profile_names():
+            try:
+                return roofline_profile(
+                    str(self.device), self.model, tensor_parallel=self.tensor_parallel
+                )
+            except InputError as error:
+                raise InputError(
+                    f"no profile {self.profile_name!r} ships, and without one: {error}"
+                ) from None
         return load_profile(self.profile_name, self._folder)
 
     @model_validator(mode="after")

@@ -26,6 +26,9 @@ Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
 Interval: TypeAlias = Annotated[tuple[Whole, Whole], Field(strict=False)]
 """Least and most, both included."""
+Positive: TypeAlias = Annotated[float, Field(gt=0)]
+Watts: TypeAlias = Annotated[int, Field(gt=0, strict=False)]
+Triple: TypeAlias = Annotated[tuple[float, float, float], Field(strict=False)]
 
 _SHIPPED = Path(__file__).parent / "profiles"
 
@@ -168,6 +171,39 @@ class CalibratedRange(Strict):
         return self
 
 
+class NoiseModel(Strict):
+    """How single steps scatter around the fitted times, as relative standard deviations."""
+
+    decode_relative_sd: Cost
+    prefill_relative_sd: Cost
+
+
+class Covariance(Strict):
+    """How uncertain the fitted coefficients are, in squares of their own units."""
+
+    decode: tuple[Triple, ...] = Field(strict=False)
+    """For each entry of `step_time.decode` that was measured: variance of its base, covariance,
+    variance of its slope."""
+    prefill: tuple[Triple, Triple, Triple] = Field(strict=False)
+    """Rows and columns: base, token, pair."""
+
+
+class Source(Strict):
+    """One measured run that a profile was fitted to."""
+
+    name: str
+    kind: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    entries: Count
+    """Requests, or engine steps."""
+    recorded: str = ""
+    concurrency: Count | None = None
+    power_cap_w: Positive | None = None
+    prompt_tokens: Interval | None = None
+    cached_tokens: Whole = 0
+    """Prompt tokens that the typical request found in the prefix cache."""
+
+
 class Profile(Strict):
     """One model on one device (or tensor-parallel group), in one build of an engine."""
 
@@ -175,6 +211,10 @@ class Profile(Strict):
     model: str
     tensor_parallel: Count = 1
     """Devices that share the model; all figures are for the group."""
+    power_cap_w: Positive | None = None
+    """Of each device; None where it is not known."""
+    prefill_factor_by_power_cap_w: dict[Watts, Positive] = Field(default_factory=dict)
+    """How many times as long prefill takes at other caps; decode takes as long."""
     engine: ProfileEngine
     step_time: StepTime
     range: CalibratedRange
@@ -182,6 +222,13 @@ class Profile(Strict):
     """Where the figures come from."""
     notes: str = ""
     """How they were derived, and how far to trust them."""
+    noise: NoiseModel | None = None
+    covariance: Covariance | None = None
+    sources: tuple[Source, ...] = Field(default=(), strict=False)
+    """The runs that were fitted; their hashes are of the files as they lie on disk."""
+    cross_validation: Literal["runs", "halves"] | None = None
+    """What `held_out_error` was measured on: each run predicted from the others, or each half of
+    the only run from the other half."""
     held_out_error: dict[str, float] | None = None
     """Relative errors on measurements the fit has not seen, by what they are of."""
 

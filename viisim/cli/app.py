@@ -10,6 +10,7 @@ import typer
 
 from policies import compiled
 from viisim import __version__
+from viisim.cli.calibrate import calibrate
 from viisim.cli.check import check
 from viisim.cli.compare import compare
 from viisim.cli.conform import conform
@@ -20,6 +21,7 @@ from viisim.cli.report import report
 from viisim.cli.run import run
 from viisim.cli.schema import schema
 from viisim.cli.trace import trace
+from viisim.cli.validate import validate
 from viisim.cli.verify import verify
 from viisim.errors import InputError
 
@@ -48,6 +50,8 @@ app.command()(schema)
 app.command()(check)
 app.add_typer(new, name="new")
 app.command()(conform)
+app.command()(calibrate)
+app.command()(validate)
 app.add_typer(trace, name="trace")
 app.command()(replay)
 

@@ -1,0 +1,121 @@
+"""`viisim validate`: measured runs beside the same runs in the simulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from viisim.cli.terminal import plain_table, show, show_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from viisim.calibration.validate import RunReport, Validation
+
+_UNITS = {"ttft_s": "TTFT", "itl_s": "ITL", "tpot_s": "TPOT", "e2e_s": "E2E", "step_s": "step"}
+
+
+def validate(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MEASURED...",
+            help="Measured runs, in any format that `viisim calibrate` takes.",
+            show_default=False,
+        ),
+    ],
+    profile: Annotated[
+        str,
+        typer.Option(
+            "--profile", "-p", metavar="P", help="A profile's name or file.", show_default=False
+        ),
+    ],
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Use only measurements whose name or setup has TEXT."),
+    ] = None,
+    skip: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Replay whole runs, but compare only what comes after the first N entries."
+        ),
+    ] = 0,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw figures into this folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Replay measured runs in the simulator: measured and predicted figures side by side.
+
+    viisim validate results/*.json --profile profiles/mine.yaml
+    viisim validate results/*.json --profile mi50/qwen3-vl-8b-awq --plots figures
+
+    Errors are signed: predicted over measured, less one.
+    """
+    from viisim.calibration.read import read_measurements
+    from viisim.calibration.validate import validate as compare
+    from viisim.profile import load_profile
+
+    found = load_profile(profile)
+    runs = read_measurements(files, only)
+    done = compare(runs, found, skip)
+    drawn: list[Path] = []
+    if plots is not None:
+        from viisim.calibration.figures import draw_validation
+
+        drawn = draw_validation(done, runs, found, plots)
+    if as_json:
+        show_json(done.to_dict())
+        return
+    _show(done)
+    for path in drawn:
+        typer.echo(str(path))
+
+
+def _show(done: Validation) -> None:
+    show(_means(done.runs))
+    content = done.to_dict()
+    for key, title in (
+        ("overall", "|error| of means, over runs"),
+        ("outside_calibrated_range", "the same, larger batches than calibrated"),
+    ):
+        if content.get(key):
+            table = plain_table(title, "median", "p90")
+            for name, errors in content[key].items():
+                both = errors["mean_abs_error_pct"]
+                table.add_row(name, f"{both['p50']:.1f} %", f"{both['p90']:.1f} %")
+            show(table)
+    cached = sum(run.cached_requests for run in done.runs)
+    if cached:
+        typer.echo(
+            f"{cached} requests found most of their prompt in the prefix cache, by their times; "
+            f"the simulated ones did too"
+        )
+
+
+def _means(runs: tuple[RunReport, ...]) -> Table:
+    """Measured and predicted means of every run."""
+    table = plain_table("run", "metric", "measured", "predicted", "error")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for run in runs:
+        name = run.name
+        for metric, label in _UNITS.items():
+            if metric not in run.metrics:
+                continue
+            mean = run.metrics[metric]["mean"]
+            table.add_row(
+                name,
+                f"mean {label}",
+                _time(mean["measured"]),
+                _time(mean["predicted"]),
+                f"{mean['error_pct']:+.1f} %",
+            )
+            name = ""
+    return table
+
+
+def _time(value_s: float) -> str:
+    return f"{value_s:.2f} s" if value_s >= 1 else f"{1e3 * value_s:.2f} ms"
