@@ -429,8 +429,8 @@ def test_loading_leaves_the_data_it_was_given_alone() -> None:
         ),
         (
             "cluster.replicas.0.model=qwen3",
-            "cluster.replicas.0: unknown profile 'radeon_vii/qwen3'. "
-            "Did you mean 'radeon_vii/qwen3-vl-8b-awq'?",
+            "cluster.replicas.0: no profile 'radeon_vii/qwen3' ships, and without one: "
+            "unknown model 'qwen3'. Did you mean 'qwen3-8b'?",
         ),
         (
             "cluster.replicas.0.device=null",
