@@ -41,6 +41,7 @@ from policies.interface import (
     ReplicaChanged,
     RequestView,
     Retire,
+    StepCosts,
     Tick,
 )
 
@@ -54,6 +55,10 @@ MAX_EVENTS = 20_000
 """A policy that asks for `plan` every microsecond is stopped rather than waited for."""
 SLOTS = 4
 KV_BLOCKS = 400
+STEP_COSTS = {
+    "alpha": StepCosts((1, 4), (0.0125, 0.015), (2**-20, 2**-20), 0.03, 2**-10, 2**-23, 0.0, 512)
+}
+"""Of one model they are known, of the other not."""
 MODELS = {"r0": "alpha", "r1": "alpha", "r2": "beta"}
 
 Happening: TypeAlias = Callable[[float], Iterable[Event]]
@@ -163,7 +168,14 @@ class Rehearsal:
         if replica_id not in self._retiring:
             self._ready.add(replica_id)
             yield ReplicaChanged(
-                now_s, replica_id, "ready", launched.model, launched.devices, SLOTS, KV_BLOCKS
+                now_s,
+                replica_id,
+                "ready",
+                launched.model,
+                launched.devices,
+                SLOTS,
+                KV_BLOCKS,
+                step_costs=STEP_COSTS.get(launched.model, StepCosts()),
             )
 
     def _drains(self, replica_id: str, now_s: float) -> Iterator[Event]:
