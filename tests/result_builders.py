@@ -57,8 +57,10 @@ def totals(**other: Any) -> ReplicaTotals:
 
 
 def samples(rows: Sequence[tuple[int, ...]] = ()) -> dict[str, NDArray[Any]]:
-    """Columns of samples, given as rows in the order of `SAMPLE_COLUMNS`."""
-    columns = zip(*rows, strict=True) if rows else [[]] * len(SAMPLE_COLUMNS)
+    """Columns of samples, given as rows in the order of `SAMPLE_COLUMNS`; what a row leaves out is
+    0."""
+    whole = [(*row, *[0] * (len(SAMPLE_COLUMNS) - len(row))) for row in rows]
+    columns = zip(*whole, strict=True) if rows else [[]] * len(SAMPLE_COLUMNS)
     return {
         name: np.array(column, dtype=dtype)
         for (name, dtype), column in zip(SAMPLE_COLUMNS.items(), columns, strict=True)
@@ -125,7 +127,8 @@ def _samples(columns: Mapping[str, NDArray[Any]], servers: int) -> dict[str, NDA
         arrived, left = columns["arrived_ns"][own], np.sort(columns["finished_ns"][own])
         present[:, server] = np.searchsorted(arrived, times) - np.searchsorted(left, times)
     running = np.minimum(present, 8)
-    values = {
+    nothing = np.zeros(times.size * servers)
+    values = dict.fromkeys(SAMPLE_COLUMNS, nothing) | {
         "time_ns": np.repeat(times, servers),
         "replica": np.tile(np.arange(servers), times.size),
         "running": running.ravel(),

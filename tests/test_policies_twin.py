@@ -63,7 +63,7 @@ def test_a_step_takes_as_long_as_in_the_engine(seed):
     costs = random_costs(rng)
     model, engine = StepModel(costs), engine_time(costs, 128)
     for decodes in range(129):
-        context, prefill = rng.integers(0, 20_000), rng.integers(0, 2) * 777
+        context, prefill = int(rng.integers(0, 20_000)), 777 * int(rng.integers(0, 2))
         pairs = int(pairs_of(prefill, 100))
         expected_s = engine.step_ps(decodes, context, prefill, pairs) / 1e12
         rounded_s = 0.5e-12 * (2 + context + prefill + pairs)

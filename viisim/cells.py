@@ -25,8 +25,7 @@ from typing import Any, TypeAlias
 from viisim.config import Experiment, load_experiment, resolved
 from viisim.documents import parse_yaml
 from viisim.errors import InputError
-from viisim.experiment import Run, input_hashes, run_seed
-from viisim.metrics import summarise
+from viisim.experiment import Run, input_hashes, run_seed, summary_of
 from viisim.records import SeedResult
 from viisim.results import LoadedRun, load_run, make_manifest
 
@@ -211,8 +210,7 @@ def _is_complete(path: Path, cell: Cell) -> bool:
 
 def _save(path: Path, experiment: Experiment, seeds: Mapping[int, SeedResult]) -> None:
     results = [seeds[seed] for seed in experiment.seeds]
-    predictor = experiment.predictor.model_dump(exclude_none=True)
-    summary = summarise(results, experiment.slo, experiment.warmup_fraction, predictor)
+    summary = summary_of(experiment, results)
     if path.exists():
         shutil.rmtree(path)  # a cell of another configuration, or one to be run afresh
     Run(experiment, tuple(results), summary).save(path, plots=False)

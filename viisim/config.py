@@ -36,6 +36,8 @@ from policies.predictor import History, LengthPredictor
 from policies.registry import PolicySpecError, make_policy, policy_class
 from viisim.documents import Strict, check, inside, nearest, override, read_yaml
 from viisim.errors import InputError
+from viisim.hardware import load_device
+from viisim.interconnect import InterconnectConfig, interconnect_of
 from viisim.predictors import Noisy, Oracle
 from viisim.profile import (
     Count,
@@ -69,6 +71,7 @@ __all__ = [
     "EngineConfig",
     "Experiment",
     "LimitsConfig",
+    "LoadConfig",
     "MixedWorkload",
     "PolicyConfig",
     "PredictorConfig",
@@ -78,6 +81,7 @@ __all__ = [
     "SimulatedReplica",
     "Slo",
     "SloConfig",
+    "SpareConfig",
     "SyntheticWorkload",
     "TraceWorkload",
     "WorkerConfig",
@@ -204,6 +208,12 @@ class ReplicaConfig(Located):
     device: str | None = None
     model: str
     tensor_parallel: Count = 1
+    stages: Count = 1
+    """Of a layer split: so many tensor-parallel groups one behind the other. Only for a profile
+    computed from the catalogues."""
+    interconnect: InterconnectConfig | None = None
+    """Between the devices of one replica; None: as the catalogue has it. A measured profile
+    contains its own."""
     profile: str | None = None
     """A profile's name, or a YAML file; `device/model` if absent."""
     slowdown: Positive = 1.0
@@ -217,19 +227,38 @@ class ReplicaConfig(Located):
         """The profile this entry is simulated with."""
         return self.profile or f"{self.device}/{self.model}"
 
+    @property
+    def devices(self) -> int:
+        """How many devices one replica takes."""
+        return self.tensor_parallel * self.stages
+
     def load_profile(self) -> Profile:
         """The measured profile; where there is none and none is named, an uncalibrated one from
         the catalogues of devices and models. Raises InputError for what neither knows."""
-        if self.profile is None and self.profile_name not in profile_names():
-            try:
-                return roofline_profile(
-                    str(self.device), self.model, tensor_parallel=self.tensor_parallel
-                )
-            except InputError as error:
-                raise InputError(
-                    f"no profile {self.profile_name!r} ships, and without one: {error}"
-                ) from None
+        if self.is_catalogued:
+            return self._roofline()
         return load_profile(self.profile_name, self._folder)
+
+    @property
+    def is_catalogued(self) -> bool:
+        """Whether the profile is computed, because nobody measured the pair."""
+        own = f"{self.device}/{self.model}"
+        return self.profile in (None, own) and own not in profile_names()
+
+    def _roofline(self) -> Profile:
+        try:
+            device = load_device(str(self.device))
+            return roofline_profile(
+                device.name,
+                self.model,
+                tensor_parallel=self.tensor_parallel,
+                stages=self.stages,
+                interconnect=interconnect_of(device, self.interconnect),
+            )
+        except InputError as error:
+            raise InputError(
+                f"no profile {self.profile_name!r} ships, and without one: {error}"
+            ) from None
 
     @model_validator(mode="after")
     def _can_be_simulated(self) -> Self:
@@ -243,6 +272,12 @@ class ReplicaConfig(Located):
                 f"tensor_parallel: profile {self.profile_name!r} is for "
                 f"{profile.tensor_parallel}, not {self.tensor_parallel}; name another profile"
             )
+        if not self.is_catalogued and (self.stages > 1 or self.interconnect is not None):
+            key = "stages" if self.stages > 1 else "interconnect"
+            raise inside(
+                f"{key}: profile {self.profile_name!r} was measured and contains its own "
+                "communication; leave the key out"
+            )
         try:
             self.engine.resolve(profile)
         except InputError as error:
@@ -250,14 +285,42 @@ class ReplicaConfig(Located):
         return self
 
 
+class SpareConfig(Strict):
+    """Devices that no replica uses at the start: a policy may `Launch` on them."""
+
+    count: Count
+    device: str
+
+    @field_validator("device")
+    @classmethod
+    def _is_known(cls, device: str) -> str:
+        try:
+            return load_device(device).name
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+
+class LoadConfig(Strict):
+    """What it takes until a launched replica is ready: its weights from disk, then, by all its
+    devices at once, over PCIe; then the engine starts."""
+
+    disk_bytes_per_s: Positive = 2e9
+    pcie_bytes_per_s: Positive | None = None
+    """To each device; None: of its slot in the catalogue."""
+    engine_start_s: Annotated[float, Field(ge=0)] = 0.0
+    """Graph capture, profiling and what else an engine does before it serves."""
+
+
 class ClusterConfig(Strict):
-    """The replicas, and how their gauges are read."""
+    """The replicas, what else there is, and how gauges are read."""
 
     scrape_s: Positive = 1.0
     """Time between two readings of a replica's gauges."""
     scrape_delay_s: Annotated[float, Field(ge=0)] = 0.05
     """How late a reading arrives."""
     replicas: tuple[ReplicaConfig, ...] = Field(min_length=1, strict=False)
+    spare: SpareConfig | None = None
+    load: LoadConfig = LoadConfig()
 
     @property
     def models(self) -> list[str]:
@@ -277,6 +340,27 @@ class SimulatedReplica:
     profile: Profile
     slowdown: float
     settings: EngineSettings
+    stages: int = 1
+
+    @property
+    def devices(self) -> int:
+        """How many it takes."""
+        return self.tensor_parallel * self.stages
+
+    @classmethod
+    def of(cls, replica_id: str, entry: ReplicaConfig) -> Self:
+        """One replica of an entry, with its profile read. Raises InputError if there is none."""
+        profile = entry.load_profile()
+        return cls(
+            id=replica_id,
+            model=entry.model,
+            device=entry.device or profile.device,
+            tensor_parallel=entry.tensor_parallel,
+            profile=profile,
+            slowdown=entry.slowdown,
+            settings=entry.engine.resolve(profile),
+            stages=entry.stages,
+        )
 
 
 # --------------------------------------------------------------------------------------
@@ -433,20 +517,9 @@ class Experiment(Strict):
                 )
             entries += [entry] * entry.count
         width = len(str(len(entries) - 1))
-        return [_simulated(f"r{index:0{width}}", entry) for index, entry in enumerate(entries)]
-
-
-def _simulated(replica_id: str, entry: ReplicaConfig) -> SimulatedReplica:
-    profile = entry.load_profile()
-    return SimulatedReplica(
-        id=replica_id,
-        model=entry.model,
-        device=entry.device or profile.device,
-        tensor_parallel=entry.tensor_parallel,
-        profile=profile,
-        slowdown=entry.slowdown,
-        settings=entry.engine.resolve(profile),
-    )
+        return [
+            SimulatedReplica.of(f"r{index:0{width}}", entry) for index, entry in enumerate(entries)
+        ]
 
 
 # --------------------------------------------------------------------------------------

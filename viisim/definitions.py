@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 DEFINITIONS = {
-    "busy_share": "share of the run that replicas spent computing, mean over replicas",
+    "busy_share": "share of their time that replicas spent computing",
     "classes": "by traffic class, where there are several or a named one: the same figures of its "
     "own requests, judged by the class's own SLO where it has one",
     "demand_tokens": "service_tokens that a tenant's requests would have made: of those that were "
     "there when the first measured one arrived or came later, refused ones left out; an answer "
     "that never came to its end counts as far as it came",
     "e2e_s": "finished - arrived; finished requests",
+    "energy_j": "joules of all devices of the cluster, spare ones included, over the whole run: "
+    "idle draw all the time and, while a replica computes, that of decode or of prefill; figures "
+    "and their confidence are the device catalogue's, and power_assumptions lists what nobody "
+    "measured; null where a device is not in the catalogue",
+    "energy_j_per_million_tokens": "energy_j for each million output tokens of finished requests",
     "engine_steps": "engine steps that computed something, whole run",
     "extrapolated_steps": "engine steps outside the profile's calibrated range, whole run",
     "fair_tokens": "a tenant's max-min fair share of all service_tokens: nobody gets more than "
@@ -28,6 +33,7 @@ DEFINITIONS = {
     "kv_use_mean": "share of a replica's KV blocks in use; samples of all replicas in the window",
     "percentiles": "numpy 'linear'",
     "preemptions": "sequences that lost their blocks and were recomputed, whole run",
+    "power_assumptions": "what stands behind energy_j without having been measured",
     "prefix_hit_rate": "share of the prompt tokens looked up that were cached, whole run",
     "queue_s": "started - dispatched, the wait inside the engine; finished requests",
     "saturated": "over the arrival window: mean number in system in the last quarter above 1.5 x "
@@ -46,6 +52,8 @@ DEFINITIONS = {
     "tpot_s": "(finished - first token) / (output tokens - 1); streamed finished requests of more "
     "than one token",
     "ttft_s": "first token - arrived, holding included; streamed finished requests",
+    "uncalibrated": "device/model of every replica whose step times are a roofline's: nobody "
+    "measured them, and errors of a factor are possible",
     "unsent_requests": "turns of closed-loop sessions that were never sent, because an earlier "
     "turn failed or the run ended, whole run",
     "warmup": "the first `warmup_fraction` of requests by order of arrival are not measured",

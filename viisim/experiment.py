@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,11 +35,15 @@ from viisim.config import (
     workload_files,
 )
 from viisim.engine.step_time import CalibratedRange, DecodePoint, StepTime
+from viisim.hardware import device_names, load_device
 from viisim.journal import JournalWriter
+from viisim.launch import Launcher
 from viisim.metrics import Summary, summarise
+from viisim.power import PowerDraw, group_draw, power_draw, replica_power_w, work_j
 from viisim.profile import Profile, profile_hash
 from viisim.records import SeedResult
 from viisim.results import RunFolder, file_hash, make_manifest, write_run
+from viisim.roofline import is_uncalibrated
 from viisim.simulation import ReplicaSpec, Simulation
 
 SeedProgress: TypeAlias = Callable[[int, int], None]
@@ -73,6 +78,7 @@ def run_seed(
     policy = experiment.policy.make()
     limits = experiment.limits.limits()
     head = Segment(resolved(experiment)["policy"], seed, limits)
+    launcher = Launcher(experiment.cluster, simulated_devices(experiment), _spec)
     journaling = nullcontext() if journal is None else JournalWriter(journal, head)
     with _blaming(policy), journaling as writer:
         result = Simulation(
@@ -87,7 +93,9 @@ def run_seed(
             journal=writer,
             predictor=experiment.make_predictor(seed),
             on_progress=report,
+            launcher=launcher,
         ).run()
+    _add_power(result, launcher, experiment.simulated_replicas())
     result.unsent_requests = total - len(result.requests["request"])
     if report is not None:
         report(total)
@@ -96,13 +104,24 @@ def run_seed(
 
 def replica_specs(experiment: Experiment) -> list[ReplicaSpec]:
     """The experiment's replicas, each on devices of its own."""
-    specs: list[ReplicaSpec] = []
-    devices = 0
-    for replica in experiment.simulated_replicas():
-        own = range(devices, devices + replica.tensor_parallel)
-        devices = own.stop
-        specs.append(_spec(replica, tuple(f"simulated/gpu{number}" for number in own)))
-    return specs
+    names = iter(simulated_devices(experiment))
+    return [
+        _spec(replica, tuple(islice(names, replica.devices)))
+        for replica in experiment.simulated_replicas()
+    ]
+
+
+def simulated_devices(experiment: Experiment) -> dict[str, str]:
+    """What each device of the cluster is, by its name: the replicas' first, then spare ones."""
+    kinds = [
+        replica.device
+        for replica in experiment.simulated_replicas()
+        for _ in range(replica.devices)
+    ]
+    spare = experiment.cluster.spare
+    if spare is not None:
+        kinds += [spare.device] * spare.count
+    return {f"simulated/gpu{number}": kind for number, kind in enumerate(kinds)}
 
 
 def _spec(replica: SimulatedReplica, devices: tuple[str, ...]) -> ReplicaSpec:
@@ -116,6 +135,31 @@ def _spec(replica: SimulatedReplica, devices: tuple[str, ...]) -> ReplicaSpec:
         settings.coalesce,
         step_costs_of(replica.profile, settings.max_num_batched_tokens),
     )
+
+
+def _add_power(
+    result: SeedResult, launcher: Launcher, replicas: Sequence[SimulatedReplica]
+) -> None:
+    """Fill in the watts of every sample, and the joules of the run."""
+    known = {replica.id: replica for replica in replicas} | launcher.made
+    draws = [_draw(known[name]) for name in result.replica_ids]
+    result.samples["power_w"] = replica_power_w(result.samples, draws)
+    kinds = launcher.devices.values()
+    if set(kinds) <= set(device_names()) and None not in draws:
+        idle_w = sum(power_draw(load_device(kind)).idle_w for kind in kinds)
+        result.energy_j = idle_w * result.ended_ns / 1e9 + sum(
+            work_j(draw, totals.busy_ns / 1e9, totals.prefill_ns / 1e9)
+            for draw, totals in zip(draws, result.replicas, strict=True)
+            if draw is not None
+        )
+
+
+def _draw(replica: SimulatedReplica) -> PowerDraw | None:
+    """The draw of its devices, under the cap of its profile; None for an unknown device."""
+    if replica.device not in device_names():
+        return None
+    device, cap_w = load_device(replica.device), replica.profile.power_cap_w
+    return group_draw(device, replica.tensor_parallel, replica.stages, cap_w)
 
 
 def step_costs_of(profile: Profile, max_batched_tokens: int) -> StepCosts:
@@ -305,9 +349,29 @@ def run_experiment(
             run_seed(experiment, seed, file, _named(seed, on_progress))
             for seed, file in zip(seeds, files, strict=True)
         ]
+    return Run(experiment, tuple(results), summary_of(experiment, results))
+
+
+def summary_of(experiment: Experiment, results: Sequence[SeedResult]) -> Summary:
+    """The metrics of an experiment's seeds, labelled with what a reader must know of it."""
     predictor = experiment.predictor.model_dump(exclude_none=True)
     summary = summarise(results, experiment.slo, experiment.warmup_fraction, predictor)
-    return Run(experiment, tuple(results), summary)
+    replicas = experiment.simulated_replicas()
+    summary["uncalibrated"] = sorted(
+        {f"{r.device}/{r.model}" for r in replicas if is_uncalibrated(r.profile)}
+    )
+    if all(result.energy_j is not None for result in results):
+        draws = {kind: power_draw(load_device(kind)) for kind in _kinds(experiment)}
+        summary["power_assumptions"] = [
+            f"{kind}: {assumption}"
+            for kind, draw in sorted(draws.items())
+            for assumption in draw.assumptions
+        ]
+    return summary
+
+
+def _kinds(experiment: Experiment) -> set[str]:
+    return set(simulated_devices(experiment).values())
 
 
 def run_into(
@@ -352,7 +416,7 @@ def _in_processes(
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, context, _start_worker, (counters,))
     try:
-        with _deaf_to_ctrl_c():
+        with _undisturbed():
             futures = [pool.submit(_work, experiment, *each) for each in enumerate(journals)]
         _watch(futures, experiment.seeds, counters, on_progress)
         results = [future.result() for future in futures]
@@ -367,17 +431,25 @@ def _in_processes(
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
+def _undisturbed() -> Iterator[None]:
     """Processes started in the block ignore Ctrl-C, which reaches the whole process group: the
-    parent takes it and ends them, so that no worker prints a traceback of its own."""
+    parent takes it and ends them, so that no worker prints a traceback of its own. Nor does one
+    that is told to end while it reads what to do: a SIGTERM waits for the block's end."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may change what signals do
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    told: list[int] = []
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: told.append(number)),
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _watch(

@@ -130,6 +130,10 @@ class Summary(GroupSummary):
     predictor: dict[str, Any] | None
     """How answer lengths were predicted, as the experiment has it; None: not stated."""
     saturated_seeds: list[int]
+    uncalibrated: list[str]
+    """`device/model` of every replica whose step times nobody measured."""
+    power_assumptions: list[str]
+    """What stands behind the energy without having been measured; empty where there is none."""
     classes: dict[str, GroupSummary]
     """Empty unless there are several traffic classes, or a named one."""
     tenants: dict[str, TenantSummary]
@@ -170,6 +174,8 @@ def combine(
         "warmup_fraction": warmup_fraction,
         "predictor": None if predictor is None else dict(predictor),
         "saturated_seeds": [s["seed"] for s in seeds if s["saturated"]],
+        "uncalibrated": [],
+        "power_assumptions": [],
         **_combined(seeds, slo),
         "classes": {
             name: _combined(
@@ -465,9 +471,23 @@ def _engine_values(result: SeedResult, window_ns: tuple[int, int]) -> dict[str, 
             sum(r.prefix_queried_tokens for r in replicas),
         ),
         "preemptions": sum(r.preemptions for r in replicas),
-        "busy_share": _share(sum(r.busy_ns for r in replicas), len(replicas) * result.ended_ns),
+        "busy_share": _share(
+            sum(r.busy_ns for r in replicas),
+            sum((r.retired_ns or result.ended_ns) - r.ready_ns for r in replicas),
+        ),
         "engine_steps": sum(r.steps for r in replicas),
         "extrapolated_steps": sum(r.extrapolated_steps for r in replicas),
+        **_energy(result),
+    }
+
+
+def _energy(result: SeedResult) -> dict[str, float | None]:
+    energy_j, requests = result.energy_j, result.requests
+    tokens = int(requests["output_tokens"][requests["outcome"] == FINISHED].sum())
+    per_token_j = None if energy_j is None else _share(energy_j, tokens)
+    return {
+        "energy_j": energy_j,
+        "energy_j_per_million_tokens": None if per_token_j is None else per_token_j * 1e6,
     }
 
 

@@ -7,6 +7,7 @@ with the result.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp
 from typing import TypeAlias
@@ -81,6 +82,23 @@ def power_draw(
     return PowerDraw(idle_w, decode_w, limit_w, tuple(assumptions))
 
 
+def group_draw(
+    device: Device, tensor_parallel: int = 1, stages: int = 1, cap_w: float | None = None
+) -> PowerDraw:
+    """The draw of the devices that share a model. Of a layer split's stages one works at a time.
+
+    Raises InputError as `power_draw` does.
+    """
+    one = power_draw(device, cap_w)
+    working, waiting_w = one * tensor_parallel, one.idle_w * tensor_parallel * (stages - 1)
+    return replace(
+        working,
+        idle_w=working.idle_w + waiting_w,
+        decode_w=working.decode_w + waiting_w,
+        prefill_w=working.prefill_w + waiting_w,
+    )
+
+
 def prefill_slowdown(device: Device, cap_w: float) -> float:
     """Factor on prefill time under a power cap; 1 at the default and above. Decode is unchanged.
 
@@ -127,6 +145,33 @@ def energy_j(draw: PowerDraw, duration_s: float, busy_s: float, prefill_s: float
         + draw.decode_w * (busy_s - prefill_s)
         + draw.prefill_w * prefill_s
     )
+
+
+def replica_power_w(
+    samples: Mapping[str, NDArray[np.generic]], draws: Sequence[PowerDraw | None]
+) -> NDArray[np.float32]:
+    """Mean watts of the sampled replica since its last sample; its idle draw in the first.
+
+    `samples` are columns of `viisim.records.SAMPLE_COLUMNS`, `draws` are by replica's index; what
+    is sampled of one whose draw is None gets 0.
+    """
+    watts = np.zeros(samples["replica"].size, dtype=np.float32)
+    for index, draw in enumerate(draws):
+        rows = np.flatnonzero(samples["replica"] == index)
+        if draw is None or not rows.size:
+            continue
+        time_s, busy_s, prefill_s = (
+            samples[name][rows].astype(np.float64) / 1e9
+            for name in ("time_ns", "busy_ns", "prefill_ns")
+        )
+        watts[rows[0]] = draw.idle_w
+        watts[rows[1:]] = sampled_power_w(draw, time_s, busy_s, prefill_s)
+    return watts
+
+
+def work_j(draw: PowerDraw, busy_s: float, prefill_s: float) -> float:
+    """Joules that work adds to what the same devices would have drawn idle."""
+    return energy_j(draw, busy_s, busy_s, prefill_s) - draw.idle_w * busy_s
 
 
 def per_million(amount: float, count: float) -> float | None:

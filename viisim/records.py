@@ -39,13 +39,18 @@ REQUEST_COLUMNS: dict[str, type[np.generic]] = {
 OUTCOMES = ("finished", "shed", "refused", "unfinished")
 FINISHED, SHED, REFUSED, UNFINISHED = range(4)
 
-#: Columns of one sample of one replica, taken every `scrape_s` of simulated time.
+#: Columns of one sample of one replica, taken every `scrape_s` of simulated time. `busy_ns` has
+#: been spent computing since the replica was ready, `prefill_ns` of it in steps with prefills.
+#: `power_w` is the mean draw of its devices since the sample before, 0 where it is not known.
 SAMPLE_COLUMNS: dict[str, type[np.generic]] = {
     "time_ns": np.int64,
     "replica": np.int16,
     "running": np.int32,
     "waiting": np.int32,
     "kv_blocks_used": np.int32,
+    "busy_ns": np.int64,
+    "prefill_ns": np.int64,
+    "power_w": np.float32,
 }
 
 #: Inter-token latencies are counted in bins of equal ratio, never stored one by one: bin i
@@ -72,6 +77,12 @@ class ReplicaTotals:
     usable_kv_blocks: int
     itl_counts: NDArray[np.int64]
     """Gaps between consecutive tokens of a sequence, per bin of `ITL_EDGES_S`."""
+    prefill_ns: int = 0
+    """Of `busy_ns`, in steps with prefills."""
+    ready_ns: int = 0
+    """When it was ready; after 0 for one that was launched."""
+    retired_ns: int = 0
+    """When it was gone; 0 if it stayed to the end."""
 
 
 @dataclass(slots=True)
@@ -95,3 +106,5 @@ class SeedResult:
     run ended."""
     events: int = 0
     """Events that the simulation kernel processed."""
+    energy_j: float | None = None
+    """Of all devices of the cluster over the whole run, None where a draw is not known."""

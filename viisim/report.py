@@ -23,7 +23,7 @@ LATENCIES = {
 }
 """Latencies of a summary in the order of the table, and what the table calls them."""
 
-VALUES = {
+VALUES: dict[str, tuple[str, str, float]] = {
     "throughput_requests_per_s": ("throughput", "requests/s", 1),
     "throughput_output_tokens_per_s": ("output", "tokens/s", 1),
     "throughput_total_tokens_per_s": ("prompt and output", "tokens/s", 1),
@@ -33,6 +33,7 @@ VALUES = {
     "kv_use_mean": ("KV blocks in use, mean", "%", 100),
     "kv_use_max": ("KV blocks in use, most", "%", 100),
     "busy_share": ("replicas computing", "% of time", 100),
+    "energy_j_per_million_tokens": ("energy of the cards", "kWh/M tokens", 1 / 3.6e6),
     "preemptions": ("preemptions", "per run", 1),
     "jain_tenants": ("fairness between tenants", "Jain's index", 1),
     "service_min_over_max": ("least / most served tenant", "of fair share", 1),
@@ -65,8 +66,8 @@ def summary_table(summary: Summary, name: str = "") -> Table:
             table.add_row(label, _with_interval(of_kind["mean"], scale), *percentiles, unit)
     table.add_section()
     for key, (label, unit, scale) in VALUES.items():
-        value = summary["values"][key]
-        if value["mean"] is not None:
+        value = summary["values"].get(key)
+        if value is not None and value["mean"] is not None:
             table.add_row(label, _with_interval(value, scale), "", "", "", unit)
     return table
 
@@ -118,6 +119,12 @@ def _table(title: str | None) -> Table:
 
 def notes(summary: Summary) -> Iterator[Text]:
     """Lines about saturation, requests without an answer, extrapolation, and the warm-up."""
+    if summary.get("uncalibrated"):
+        yield Text(
+            f"UNCALIBRATED: nobody measured {', '.join(summary['uncalibrated'])}; step times are "
+            "a roofline's and may be wrong by a factor",
+            style="bold yellow",
+        )
     saturated, seeds = summary["saturated_seeds"], len(summary["seeds"])
     if saturated:
         yield Text(
@@ -165,7 +172,7 @@ def _with_interval(value: Estimate, scale: float) -> str:
     )
 
 
-def _readable(of_kind: dict[str, Estimate]) -> tuple[int, str]:
+def _readable(of_kind: dict[str, Estimate]) -> tuple[float, str]:
     """Milliseconds for what mostly takes less than a second."""
     p90_s = of_kind["p90"]["mean"] or 0.0
     return (1, "s") if p90_s >= 1 else (1000, "ms")

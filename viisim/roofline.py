@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from viisim.architecture import ModelConfig
 from viisim.errors import InputError
 from viisim.hardware import Device, load_device
-from viisim.memory import DEFAULTS, MemorySettings, find_quantisation, sequence_kv_bytes
+from viisim.interconnect import Communication, Interconnect, interconnect_of
+from viisim.memory import (
+    DEFAULTS,
+    MemorySettings,
+    find_quantisation,
+    sequence_kv_bytes,
+    weights_bytes,
+)
 from viisim.models import load_model, split_model_name
 from viisim.placement import kv_blocks
 from viisim.profile import (
@@ -35,13 +42,17 @@ TYPICAL_CONTEXT_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Step times of one device of a tensor-parallel group, from first principles."""
+    """Step times of a group of devices that share a model, from first principles."""
 
     device: Device
     model: ModelConfig
     quantisation: str = "fp16"
     tensor_parallel: int = 1
     kv_dtype: str = "fp16"
+    stages: int = 1
+    """Of a layer split. They work one after the other, as long as one device with all layers."""
+    interconnect: Interconnect | None = None
+    """None: as the catalogue has it for the device."""
 
     def decode_base_s(self, sequences: int) -> float:
         """A decode step of `sequences` sequences, less what grows with their context."""
@@ -49,7 +60,8 @@ class Roofline:
         return (
             self.read_bytes(sequences) / streaming
             + sequences * self.token_s
-            + self._communication_s(sequences)
+            + self.communication.step_s
+            + sequences * self.communication.token_s
         )
 
     @property
@@ -69,8 +81,8 @@ class Roofline:
 
     @property
     def prefill_token_s(self) -> float:
-        """What each prompt token adds to a step, its all-reduces included."""
-        return self.token_s + self._transfer_s
+        """What each prompt token adds to a step, what is sent for it included."""
+        return self.token_s + self.communication.token_s
 
     @property
     def prefill_pair_s(self) -> float:
@@ -110,19 +122,12 @@ class Roofline:
         return read / 8
 
     @property
-    def _reductions(self) -> int:
-        return 2 * self.model.layers if self.tensor_parallel > 1 else 0
-
-    @property
-    def _transfer_s(self) -> float:
-        """All-reduces of one token's activations in fp16, over a ring."""
-        rounds = 2 * (self.tensor_parallel - 1) / self.tensor_parallel
-        sent_bytes = self._reductions * rounds * self.model.hidden * 2
-        return sent_bytes / (self.device.link_gb_s.value * 1e9)
-
-    def _communication_s(self, tokens: int) -> float:
-        latency_s = self._reductions * self.device.link_latency_us.value * 1e-6
-        return latency_s + tokens * self._transfer_s
+    def communication(self) -> Communication:
+        """What the devices of the group send each other."""
+        link = self.interconnect or interconnect_of(self.device)
+        model = self.model
+        shared = link.tensor_parallel(model.layers, model.hidden, self.tensor_parallel)
+        return shared + link.layer_split(model.hidden, self.stages)
 
 
 def _seen(window_tokens: int | None, tokens: int) -> float:
@@ -138,16 +143,21 @@ def roofline_profile(
     tensor_parallel: int = 1,
     max_model_len: int | None = None,
     settings: MemorySettings = DEFAULTS,
+    stages: int = 1,
+    interconnect: Interconnect | None = None,
 ) -> Profile:
     """An uncalibrated profile of a catalogue device and a model (a name or a `config.json`).
+
+    `stages` splits the layers over as many tensor-parallel groups; `interconnect` is the
+    connection between the devices, None for the catalogue's.
 
     The quantisation is, in this order: as given, the name's ending (`qwen3-8b-awq`), the
     checkpoint's own, fp16. Raises InputError for unknown names, or a model that does not fit.
     """
     card, config, stored = load_device(device), *_model(model)
     bits = quantisation or stored or config.quantisation or "fp16"
-    times = Roofline(card, config, bits, tensor_parallel, settings.kv_dtype)
-    blocks = kv_blocks(config, card, bits, tensor_parallel, settings=settings)
+    times = Roofline(card, config, bits, tensor_parallel, settings.kv_dtype, stages, interconnect)
+    blocks = kv_blocks(config, card, bits, tensor_parallel, stages, settings)
     return Profile(
         device=device,
         model=model,
@@ -158,13 +168,22 @@ def roofline_profile(
             decode_sequences=(0, 0), context_tokens=(0, 0), prefill_tokens=(0, 0)
         ),
         source=f"{UNCALIBRATED}: roofline of {card.title} and {config.name} as {bits}",
-        notes=_notes(card, config),
+        notes=_notes(card, config) + _split_notes(times),
     )
 
 
 def is_uncalibrated(profile: Profile) -> bool:
     """Whether the profile is a roofline's, to be labelled so wherever its results are shown."""
     return profile.source.startswith(UNCALIBRATED)
+
+
+def total_weights_bytes(model: str) -> int:
+    """Weights of a served model (`qwen3-8b-awq`, or a `config.json`), on however many devices.
+
+    Raises InputError for one that the catalogue does not have.
+    """
+    config, stored = _model(model)
+    return weights_bytes(config, stored or config.quantisation or "fp16")
 
 
 def _model(name: str) -> tuple[ModelConfig, str | None]:
@@ -211,6 +230,17 @@ def _step_time(times: Roofline, max_num_seqs: int) -> StepTime:
             per_token_s=times.prefill_token_s,
             per_token_context_s=times.prefill_pair_s,
         ),
+    )
+
+
+def _split_notes(times: Roofline) -> str:
+    if times.tensor_parallel == times.stages == 1:
+        return ""
+    cost = times.communication
+    return (
+        f" {times.tensor_parallel} devices a layer, {times.stages} stages one after the other; "
+        f"what they send adds {cost.step_s * 1e3:.3g} ms a step and {cost.token_s * 1e6:.3g} us "
+        "a token."
     )
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from struct import Struct
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -65,6 +65,8 @@ from viisim.records import (
 from viisim.workload.request import Request
 
 NS_PER_S = 10**9
+"""Times become seconds by dividing by 1e9, a float: so do workloads, and so does a compiled
+module, whatever is asked for; beyond 2**53 ns the quotient of two whole numbers would differ."""
 #: A policy that holds requests for so many scrapes, or ticks of its own, while every replica is
 #: idle and no timer is due, will hold them for ever.
 _PATIENCE = 1000
@@ -83,6 +85,11 @@ class ReplicaSpec:
     coalesce: bool = True
     step_costs: StepCosts = StepCosts()  # noqa: RUF009 - frozen
     """What the policy is told of `step_time`."""
+
+
+#: Answers a `Launch` with the replica that it makes and how many nanoseconds that takes, or with
+#: the reason why it cannot be.
+Launcher: TypeAlias = Callable[[Launch], tuple[ReplicaSpec, int] | str]
 
 
 class Journal(Protocol):
@@ -116,12 +123,24 @@ class _Flight(EngineSequence):
         """A Preempt was issued: nothing that the attempt still does reaches the client."""
 
 
+class _Life:
+    """One replica, and from when to when it was there."""
+
+    __slots__ = ("ready_ns", "replica", "retired_ns")
+
+    def __init__(self, replica: Replica, ready_ns: int) -> None:
+        self.replica = replica
+        self.ready_ns = ready_ns
+        self.retired_ns = 0
+
+
 class Simulation:
     """One run: a policy, replicas, and requests in order of arrival.
 
     Requests whose prompt a replica cannot take (prompt >= max_model_len) are refused, as vLLM's
     front end does, and counted. The run ends with the last request, at `until_s`, or when the
     policy holds requests for ever; what is then still in the system counts as unfinished.
+    What a `Launch` comes to, `launcher` says; without one, every launch fails.
     """
 
     def __init__(
@@ -138,26 +157,21 @@ class Simulation:
         journal: Journal | None = None,
         predictor: LengthPredictor | None = None,
         on_progress: Callable[[int], None] | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         self.core = SchedulerCore(policy, seed, limits)
         self._seed = seed
         self._kernel = Kernel()
         self._specs = replicas
-        self._replicas = {
-            spec.id: Replica(
-                self._kernel,
-                index,
-                spec.id,
-                Engine(
-                    spec.settings,
-                    spec.step_time,
-                    spec.coalesce,
-                    reports_first_tokens=self.core.wants_first_token,
-                ),
-                self._on_steps,
-            )
-            for index, spec in enumerate(replicas)
-        }
+        self._launcher = launcher
+        self._replicas: dict[str, Replica] = {}
+        """Those that are there, by id."""
+        self._lives: list[_Life] = []
+        """One for every replica that ever was, by index."""
+        for spec in replicas:
+            self._add_replica(spec)
+        self._loading: dict[int, ReplicaSpec] = {}
+        """Launched, not ready yet; by the kernel's number."""
         self._requests = iter(requests)
         self._next: Request | None = None
         self._scrape_ns = round(scrape_s * NS_PER_S)
@@ -177,8 +191,8 @@ class Simulation:
         self._timer_ns: int | None = None
         self._arrivals = 0
         self._idle_since_ns = 0
-        self._scraped: deque[tuple[str, float, int, int, float]] = deque()
-        """Samples on their way to the core."""
+        self._scraped: deque[list[tuple[str, float, int, int, float]]] = deque()
+        """Scrapes on their way to the core."""
         self._rows = _Columns(REQUEST_COLUMNS)
         self._samples = _Columns(SAMPLE_COLUMNS)
 
@@ -187,7 +201,7 @@ class Simulation:
     def run(self) -> SeedResult:
         """Simulate to the end and return what was recorded."""
         for spec in self._specs:
-            self._deliver(_ready(spec))
+            self._deliver(_ready(spec, 0.0))
         self._next = next(self._requests, None)
         if self._next is not None:
             self._kernel.call_at(self._next.arrived_ns, ARRIVAL, self._arrive)
@@ -198,7 +212,7 @@ class Simulation:
 
     @property
     def _now_s(self) -> float:
-        return self._kernel.now / NS_PER_S
+        return self._kernel.now / 1e9
 
     # -- from the kernel to the core --
 
@@ -233,7 +247,7 @@ class Simulation:
         if self._is_over():
             return  # the run is over, however long the policy would go on ticking
         self._timer_ns = None
-        self._deliver(Tick(now_ns / NS_PER_S))
+        self._deliver(Tick(now_ns / 1e9))
 
     def _is_over(self) -> bool:
         return self._next is None and not self._flights and not self._turns
@@ -245,12 +259,17 @@ class Simulation:
                 return
             if self._is_stuck(now_ns):
                 self._kernel.stop(now_ns, number)
-        sampled_s = now_ns / NS_PER_S
+        sampled_s = now_ns / 1e9
+        scraped: list[tuple[str, float, int, int, float]] = []
         for replica in self._replicas.values():
-            running, waiting, used = replica.engine.gauges(now_ns)
-            self._samples.add(self._samples.pack(now_ns, replica.index, running, waiting, used))
-            usage = used / replica.engine.scheduler.settings.usable_blocks
-            self._scraped.append((replica.id, sampled_s, running, waiting, usage))
+            engine = replica.engine
+            running, waiting, used = engine.gauges(now_ns)
+            busy_ns, prefill_ns = engine.spent_ns(now_ns)
+            row = (now_ns, replica.index, running, waiting, used, busy_ns, prefill_ns, 0)
+            self._samples.add(self._samples.pack(*row))
+            usage = used / engine.scheduler.settings.usable_blocks
+            scraped.append((replica.id, sampled_s, running, waiting, usage))
+        self._scraped.append(scraped)
         self._kernel.call_at(now_ns + self._delay_ns, DELIVERY, self._deliver_gauges)
         self._kernel.call_at(now_ns + self._scrape_ns, SCRAPE, self._scrape)
 
@@ -259,20 +278,21 @@ class Simulation:
         tick_s = self.core.policy.tick_s
         waits_for_timer = tick_s is None and self.core.next_timer_s() is not None
         busy = any(not replica.engine.is_idle for replica in self._replicas.values())
-        if busy or waits_for_timer:
+        if busy or waits_for_timer or self._loading:
             self._idle_since_ns = now_ns
         beat_ns = max(self._scrape_ns, round((tick_s or 0) * NS_PER_S))
         return now_ns > self._idle_since_ns + _PATIENCE * beat_ns
 
     def _deliver_gauges(self, now_ns: int, _: int) -> None:
         """The oldest scrape on the way arrives."""
-        now_s = now_ns / NS_PER_S
-        for _replica in self._replicas:
-            self._deliver(Gauges(now_s, *self._scraped.popleft()))
+        now_s = now_ns / 1e9
+        for replica_id, sampled_s, running, waiting, usage in self._scraped.popleft():
+            if replica_id in self._replicas:
+                self._deliver(Gauges(now_s, replica_id, sampled_s, running, waiting, usage))
 
     def _on_steps(self, replica: Replica, ended: Collection[_Flight], now_ns: int) -> None:
         """A replica's step has ended: tell the core what a driver would see."""
-        now_s = now_ns / NS_PER_S
+        now_s = now_ns / 1e9
         engine = replica.engine
         for flight in cast("list[_Flight]", engine.first_tokens):
             if flight.request.view.streamed and not flight.withdrawn:
@@ -321,7 +341,7 @@ class Simulation:
 
     def _set_timer(self, when_s: float) -> None:
         when_ns = max(ceil(when_s * NS_PER_S), self._kernel.now)
-        while when_ns / NS_PER_S < when_s:
+        while when_ns / 1e9 < when_s:
             when_ns += 1
         if when_ns != self._timer_ns:
             self._timer_ns = when_ns
@@ -354,16 +374,52 @@ class Simulation:
         flight.replica.abort(flight, self._kernel.now)
 
     def _launch(self, action: Launch) -> None:
-        reason = "simulated clusters have a fixed set of replicas"
-        self._deliver(LaunchFailed(self._now_s, action.replica_id, reason))
+        launched: tuple[ReplicaSpec, int] | str = "this cluster has no device to spare"
+        if self._launcher is not None:
+            launched = self._launcher(action)
+        if isinstance(launched, str):
+            self._deliver(LaunchFailed(self._now_s, action.replica_id, launched))
+            return
+        spec, load_ns = launched
+        number = self._kernel.call_at(self._kernel.now + load_ns, DELIVERY, self._loaded)
+        self._loading[number] = spec
+
+    def _loaded(self, now_ns: int, number: int) -> None:
+        """A launched replica is ready, unless it was retired meanwhile."""
+        spec = self._loading.pop(number, None)
+        if spec is None or self._is_over():
+            return
+        self._add_replica(spec)
+        self._deliver(_ready(spec, now_ns / 1e9))
+
+    def _add_replica(self, spec: ReplicaSpec) -> None:
+        engine = Engine(
+            spec.settings,
+            spec.step_time,
+            spec.coalesce,
+            reports_first_tokens=self.core.wants_first_token,
+        )
+        index = len(self._lives)
+        replica = Replica(self._kernel, index, spec.id, engine, self._on_steps)
+        self._replicas[spec.id] = replica
+        self._lives.append(_Life(replica, self._kernel.now))
 
     def _retire(self, action: Retire) -> None:
-        self._retiring.add(action.replica_id)
-        self._retire_if_empty(action.replica_id)
+        for number, spec in self._loading.items():
+            if spec.id == action.replica_id:
+                del self._loading[number]
+                self._deliver(ReplicaChanged(self._now_s, spec.id, "gone"))
+                return
+        if action.replica_id in self._replicas:  # not gone by an earlier action of the same plan
+            self._retiring.add(action.replica_id)
+            self._retire_if_empty(action.replica_id)
 
     def _retire_if_empty(self, replica_id: str) -> None:
-        if not self._replicas[replica_id].engine.scheduler.has_requests:
+        replica = self._replicas[replica_id]
+        if not replica.engine.scheduler.has_requests:
             self._retiring.remove(replica_id)
+            del self._replicas[replica_id]
+            self._lives[replica.index].retired_ns = self._kernel.now
             self._deliver(ReplicaChanged(self._now_s, replica_id, "gone"))
 
     # -- recording --
@@ -400,18 +456,18 @@ class Simulation:
         )
 
     def _result(self, events: int) -> SeedResult:
-        for replica in self._replicas.values():
-            replica.engine.catch_up(self._kernel.now)
+        for life in self._lives:
+            life.replica.engine.catch_up(self._kernel.now)
         for flight in list(self._flights.values()):
             self._record(flight, UNFINISHED, _outputs_so_far(flight))
         requests = self._rows.arrays()
         order = np.argsort(requests["request"], kind="stable")
         return SeedResult(
             seed=self._seed,
-            replica_ids=tuple(self._replicas),
+            replica_ids=tuple([life.replica.id for life in self._lives]),
             requests={name: column[order] for name, column in requests.items()},
             samples=self._samples.arrays(),
-            replicas=tuple(_totals(replica.engine) for replica in self._replicas.values()),
+            replicas=tuple([_totals(life) for life in self._lives]),
             ended_ns=self._kernel.now,
             traffic_classes=tuple(self._traffic_classes) or ("",),
             tenants=tuple(self._tenants) or ("",),
@@ -444,10 +500,10 @@ class _Columns:
         return {name: column.astype(kind) for (name, kind), column in columns}
 
 
-def _ready(spec: ReplicaSpec) -> ReplicaChanged:
+def _ready(spec: ReplicaSpec, now_s: float) -> ReplicaChanged:
     settings = spec.settings
     return ReplicaChanged(
-        0.0,
+        now_s,
         spec.id,
         "ready",
         spec.model,
@@ -465,7 +521,8 @@ def _outputs_so_far(flight: _Flight) -> int:
     return flight.replica.engine.scheduler.tokens_of(flight) - flight.prompt_tokens
 
 
-def _totals(engine: Engine) -> ReplicaTotals:
+def _totals(life: _Life) -> ReplicaTotals:
+    engine = life.replica.engine
     scheduler, log = engine.scheduler, engine.log
     log.fold()
     return ReplicaTotals(
@@ -479,6 +536,9 @@ def _totals(engine: Engine) -> ReplicaTotals:
         extrapolated_steps=log.extrapolated_steps,
         usable_kv_blocks=scheduler.settings.usable_blocks,
         itl_counts=log.itl_counts,
+        prefill_ns=engine.prefill_ns,
+        ready_ns=life.ready_ns,
+        retired_ns=life.retired_ns,
     )
 
 

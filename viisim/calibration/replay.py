@@ -173,7 +173,5 @@ class _Workload:
         prompt_tokens: int,
         output_tokens: int,
     ) -> Request:
-        view = RequestView(
-            name, self._model, now_ns / _NS_PER_S, prompt_tokens, output_tokens, True
-        )
+        view = RequestView(name, self._model, now_ns / 1e9, prompt_tokens, output_tokens, True)
         return Request(view, now_ns, prompt, output_tokens)

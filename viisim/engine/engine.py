@@ -47,6 +47,10 @@ class Engine:
         self._async = settings.async_scheduling
         self._clock_ps = 0
         """When the last batch ended."""
+        self._idle_ps = 0
+        """Of the time until then, how much nothing was computed."""
+        self._prefill_ps = 0
+        """And how much was in batches with prefills."""
         self._head: Batch | None = None
         """The batch that the train begins with; None when it has decode steps only."""
         self._following: Batch | None = None
@@ -68,7 +72,10 @@ class Engine:
         """
         may_matter = self.scheduler.add(sequence)
         if not self._train:
-            self._clock_ps = max(self._clock_ps, now_ns * PS_PER_NS)
+            idle_ps = now_ns * PS_PER_NS - self._clock_ps
+            if idle_ps > 0:
+                self._idle_ps += idle_ps
+                self._clock_ps += idle_ps
             return self._begin(now_ns)
         return self._cut(now_ns, step_ended) if may_matter and self._train > 1 else None
 
@@ -109,6 +116,8 @@ class Engine:
         self._clock_ps += head_ps
         late = head.late
         tokens, prefill_tokens = head.context_tokens, head.prefill_tokens
+        if prefill_tokens:
+            self._prefill_ps += head_ps
         log = self.log
         log.add(log.pack(head.decodes, late, tokens, prefill_tokens, head_ps, 0, 1))
         if head.firsts or late:
@@ -124,6 +133,21 @@ class Engine:
             over = self._steps_over(now_ns, step_ended=False)
             used += scheduler.blocks_for(over if self._head is not None else over + 1)
         return len(scheduler.running), len(scheduler.waiting), used
+
+    def spent_ns(self, now_ns: int) -> tuple[int, int]:
+        """Time spent computing until now, and how much of it in batches with prefills; the batch
+        in progress counts as far as it has come."""
+        end_ps, prefill_ps = self._clock_ps, self._prefill_ps
+        if self._train:
+            end_ps = max(end_ps, now_ns * PS_PER_NS)
+            if self._head is not None and self._head.prefill_tokens:
+                prefill_ps += min(end_ps - self._clock_ps, self._head_ps)
+        return (end_ps - self._idle_ps) // PS_PER_NS, prefill_ps // PS_PER_NS
+
+    @property
+    def prefill_ns(self) -> int:
+        """Time spent in batches with prefills, of those that are over."""
+        return self._prefill_ps // PS_PER_NS
 
     def catch_up(self, now_ns: int) -> None:
         """Book the steps of the train that are over by now, those that end now included; for
