@@ -227,7 +227,7 @@ def test_more_devices_never_leave_fewer_blocks(
     assert blocks == sorted(blocks)
 
 
-@given(models, cards, formats, st.integers(1, 27))
+@given(models, cards, formats, st.integers(1, 26))
 def test_more_stages_never_hold_more_each(
     model: ModelConfig, card: Device, quantisation: str, stages: int
 ) -> None:

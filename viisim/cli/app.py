@@ -16,6 +16,7 @@ from viisim.cli.compare import compare
 from viisim.cli.conform import conform
 from viisim.cli.list import list_
 from viisim.cli.new import new
+from viisim.cli.plan import plan
 from viisim.cli.replay import replay
 from viisim.cli.report import report
 from viisim.cli.run import run
@@ -52,6 +53,7 @@ app.add_typer(new, name="new")
 app.command()(conform)
 app.command()(calibrate)
 app.command()(validate)
+app.command()(plan)
 app.add_typer(trace, name="trace")
 app.command()(replay)
 
