@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -40,6 +40,7 @@ from policies.interface import (
     RequestView,
     Retire,
     Shed,
+    StepCosts,
     Tick,
 )
 
@@ -80,14 +81,16 @@ class Worker(Protocol):
     def kv_blocks(self) -> int: ...
     @property
     def block_tokens(self) -> int: ...
+    @property
+    def step_costs(self) -> StepCosts: ...
 
-    def generate(
-        self, request: RequestView, attempt: int, engine_priority: int
-    ) -> AsyncGenerator[int, None]:
-        """Send the request; yield the number of tokens of each piece of the answer.
+    async def answer(self, job: Job) -> int:
+        """Have the server answer, pass the answer on to `job.client`, and return the number of
+        its tokens when it is whole.
 
-        Ends when the answer is whole. Raises WorkerError. When cancelled or closed it aborts
-        the request on the server, and returns only when the server holds it no longer.
+        Of a streamed request, pieces are passed on as they come, the first of them only if
+        `job.begin()` allows it. Raises WorkerError. When cancelled it aborts the request on the
+        server, and returns only when the server holds it no longer.
         """
 
 
@@ -109,8 +112,6 @@ class Journal(Protocol):
 Answer: TypeAlias = Finished | Shed
 """How a request ends for its client: a whole answer, or a refusal with its reason."""
 
-OnTokens: TypeAlias = Callable[[int], None]
-
 CLOSING = "closing"
 """Reason of the `Shed` that requests get when the driver closes under them."""
 
@@ -118,33 +119,55 @@ CLOSING = "closing"
 class _Call:
     """A client waiting for an answer."""
 
-    __slots__ = ("answer", "on_tokens", "request")
+    __slots__ = ("answer", "client", "request")
 
-    def __init__(
-        self, request: RequestView, answer: asyncio.Future[Answer], on_tokens: OnTokens
-    ) -> None:
+    def __init__(self, request: RequestView, answer: asyncio.Future[Answer], client: Any) -> None:
         self.request = request
         self.answer = answer
-        self.on_tokens = on_tokens
+        self.client = client
 
 
-class _Attempt:
+class Job:
     """A request at a worker: lives exactly as long as its task."""
 
-    __slots__ = ("aborted", "number", "on_tokens", "request", "shown", "task", "worker_id")
+    __slots__ = (
+        "_on_begin",
+        "aborted",
+        "attempt",
+        "client",
+        "engine_priority",
+        "request",
+        "shown",
+        "task",
+        "worker_id",
+    )
 
     task: asyncio.Task[int]
 
-    def __init__(self, call: _Call, number: int, worker_id: str) -> None:
+    def __init__(self, call: _Call, action: Dispatch, on_begin: Callable[[Job], None]) -> None:
         self.request = call.request
-        self.on_tokens = call.on_tokens
-        self.number = number
-        self.worker_id = worker_id
+        self.client = call.client
+        """Whatever was given to `Driver.submit`: where the worker puts the answer."""
+        self.attempt = action.attempt
+        self.engine_priority = action.engine_priority
+        self.worker_id = action.replica_id
         self.shown = False
         """A byte of the answer has reached the client."""
         self.aborted = False
+        self._on_begin = on_begin
+
+    def begin(self) -> bool:
+        """Whether pieces may be passed on. The core is told first: what the client has seen
+        cannot be withdrawn."""
+        if self.aborted:
+            return False
+        if not self.shown:
+            self.shown = True
+            self._on_begin(self)
+        return True
 
     def abort(self) -> None:
+        """Have the server let it go; nothing more is passed on."""
         self.aborted = True
         self.task.cancel()
 
@@ -178,7 +201,7 @@ class Driver:
         self._scrape_s = scrape_s
         self._clock = clock
         self._calls: dict[str, _Call] = {}
-        self._attempts: dict[str, _Attempt] = {}
+        self._attempts: dict[str, Job] = {}
         self._scrapers: dict[str, asyncio.Task[None]] = {}
         self._retiring: set[str] = set()
         self._events: deque[Event] = deque()
@@ -224,22 +247,26 @@ class Driver:
         assert self._clock is not None, "set when the driver is entered"
         return self._clock()
 
-    async def submit(self, request: RequestView, on_tokens: OnTokens | None = None) -> Answer:
+    def knows(self, request_id: str) -> bool:
+        """Whether the id is in use."""
+        return request_id in self._calls or request_id in self._attempts
+
+    async def submit(self, request: RequestView, client: Any = None) -> Answer:
         """Have a request answered; `arrived_s` becomes the time of this call.
 
-        For a streamed request, `on_tokens` gets the number of tokens of each piece as it comes.
-        Cancelling this call means that the client has left. Raises ValueError when the id is in
-        use, RuntimeError when the driver is not open.
+        `client` is what workers pass the answer on to, as `Job.client`. Cancelling this call
+        means that the client has left. Raises ValueError when the id is in use, RuntimeError
+        when the driver is not open.
         """
         if self._error is not None:
             raise self._error
         if not self._open:
             raise RuntimeError("the driver is not open: submit inside `async with driver`")
-        if request.id in self._calls or request.id in self._attempts:
+        if self.knows(request.id):
             raise ValueError(f"request id {request.id!r} is already in use")
         now_s = self.now_s()
         request = replace(request, arrived_s=now_s)
-        call = _Call(request, self._loop.create_future(), on_tokens or _ignore)
+        call = _Call(request, self._loop.create_future(), client)
         self._calls[request.id] = call
         self.report(Arrived(now_s, request))
         try:
@@ -280,11 +307,11 @@ class Driver:
 
     def _dispatch(self, action: Dispatch) -> None:
         call = self._calls[action.request_id]
-        attempt = _Attempt(call, action.attempt, action.replica_id)
-        self._attempts[action.request_id] = attempt
-        attempt.task = self._loop.create_task(self._generate(attempt, action.engine_priority))
+        job = Job(call, action, self._began)
+        self._attempts[action.request_id] = job
+        job.task = self._loop.create_task(self._workers[job.worker_id].answer(job))
         # Not inside the task: one cancelled before its first step never runs a line.
-        attempt.task.add_done_callback(partial(self._attempt_ended, attempt))
+        job.task.add_done_callback(partial(self._attempt_ended, job))
 
     def _shed(self, action: Shed) -> None:
         self._answer(action.request_id, action)
@@ -313,43 +340,23 @@ class Driver:
 
     # -- attempts --
 
-    async def _generate(self, attempt: _Attempt, engine_priority: int) -> int:
-        """Read one worker's answer to its end; the number of its tokens."""
-        worker = self._workers[attempt.worker_id]
-        output_tokens = 0
-        answer = worker.generate(attempt.request, attempt.number, engine_priority)
-        async with aclosing(answer):
-            async for tokens in answer:
-                if attempt.aborted:  # a worker that did not let the cancellation through
-                    break
-                output_tokens += tokens
-                if attempt.request.streamed:
-                    self._show(attempt, tokens)
-        return output_tokens
+    def _began(self, job: Job) -> None:
+        if self.core.wants_first_token:
+            self.report(FirstToken(self.now_s(), job.request.id, job.attempt))
 
-    def _show(self, attempt: _Attempt, tokens: int) -> None:
-        """Pass a piece on. The core knows first: what is shown cannot be withdrawn."""
-        if not attempt.shown:
-            attempt.shown = True
-            if self.core.wants_first_token:
-                self.report(FirstToken(self.now_s(), attempt.request.id, attempt.number))
-        attempt.on_tokens(tokens)
-
-    def _attempt_ended(self, attempt: _Attempt, task: asyncio.Task[int]) -> None:
-        del self._attempts[attempt.request.id]
-        event = self._terminal_event(attempt, task)
+    def _attempt_ended(self, job: Job, task: asyncio.Task[int]) -> None:
+        del self._attempts[job.request.id]
+        event = self._terminal_event(job, task)
         if isinstance(event, Finished):
             self._answer(event.request_id, event)
         self.report(event)
-        if attempt.worker_id in self._retiring:
-            self._let_go_if_idle(attempt.worker_id)
+        if job.worker_id in self._retiring:
+            self._let_go_if_idle(job.worker_id)
 
-    def _terminal_event(
-        self, attempt: _Attempt, task: asyncio.Task[int]
-    ) -> Finished | Failed | Cancelled:
-        subject = (self.now_s(), attempt.request.id, attempt.number)
+    def _terminal_event(self, job: Job, task: asyncio.Task[int]) -> Finished | Failed | Cancelled:
+        subject = (self.now_s(), job.request.id, job.attempt)
         error = None if task.cancelled() else task.exception()
-        if attempt.aborted:  # whatever it still produced was not passed on
+        if job.aborted:  # whatever it still produced was not passed on
             return Cancelled(*subject)
         if task.cancelled():
             error = WorkerError("the worker's client was cancelled")
@@ -357,12 +364,12 @@ class Driver:
             return Finished(*subject, output_tokens=task.result())
         if not isinstance(error, WorkerError):
             # Our own bug, or the client's: it costs this request only, and is never silent.
-            log.error("attempt %d of %s", attempt.number, attempt.request.id, exc_info=error)
+            log.error("attempt %d of %s", job.attempt, job.request.id, exc_info=error)
         blamed = isinstance(error, WorkerError) and not isinstance(error, WorkerRefused)
         return Failed(
             *subject,
             reason=str(error) or type(error).__name__,
-            retryable=blamed and not attempt.shown,
+            retryable=blamed and not job.shown,
             worker_fault=blamed,
         )
 
@@ -473,11 +480,8 @@ def _ready(worker: Worker, now_s: float) -> ReplicaChanged:
         max_num_seqs=worker.max_num_seqs,
         kv_blocks=worker.kv_blocks,
         block_tokens=worker.block_tokens,
+        step_costs=worker.step_costs,
     )
-
-
-def _ignore(tokens: int) -> None:
-    """For clients who only want the whole answer."""
 
 
 _PERFORM: dict[type, Callable[[Driver, Any], None]] = {

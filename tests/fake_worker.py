@@ -1,11 +1,11 @@
 """An inference server inside the test: answers, streams, fails, or hangs until it is aborted."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from policies.interface import RequestView
-from runtime.driver import Reading
+from policies.interface import RequestView, StepCosts
+from runtime.driver import Job, Reading
 
 Pieces = Sequence[int | BaseException]
 
@@ -26,6 +26,7 @@ class FakeWorker:
     max_num_seqs: int = 4
     kv_blocks: int = 100
     block_tokens: int = 16
+    step_costs: StepCosts = StepCosts()  # noqa: RUF009 - frozen
     piece_s: float = 0.0
     """Time before each piece."""
     stubborn: bool = False
@@ -47,26 +48,33 @@ class FakeWorker:
         if not self.hanging:
             self.gate.set()
 
-    async def generate(
-        self, request: RequestView, attempt: int, engine_priority: int
-    ) -> AsyncGenerator[int, None]:
+    async def answer(self, job: Job) -> int:
         """Answer one request."""
         self.inflight += 1
         self.peak = max(self.peak, self.inflight)
-        self.taken.put_nowait((request.id, attempt))
+        self.taken.put_nowait((job.request.id, job.attempt))
+        tokens = 0
         try:
             await self._wait_for_gate()
-            for piece in self.answers(request, attempt):
+            for piece in self.answers(job.request, job.attempt):
                 await asyncio.sleep(self.piece_s)
                 if isinstance(piece, BaseException):
                     raise piece
-                yield piece
+                tokens += piece
+                self._pass_on(job, piece)
                 self.shown.set()
         except asyncio.CancelledError:
             self.aborted += 1
             raise
         finally:
             self.inflight -= 1
+        return tokens
+
+    @staticmethod
+    def _pass_on(job: Job, piece: int) -> None:
+        """The client, where there is one, is a function of the tokens of a piece."""
+        if job.request.streamed and job.begin() and job.client is not None:
+            job.client(piece)
 
     async def gauges(self) -> Reading:
         """What a scrape shows."""

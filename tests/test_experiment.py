@@ -16,11 +16,12 @@ from tests.small_experiment import FAULTS, SMALL, small_file, small_trace
 from viisim import Run, simulate
 from viisim.config import Experiment, experiment_from, load_experiment
 from viisim.errors import InputError
-from viisim.experiment import input_hashes, replica_specs, run_experiment, run_seed, step_time_of
+from viisim.experiment import input_hashes, replica_specs, run_experiment, run_seed
 from viisim.journal import replay_journal
 from viisim.profile import load_profile
 from viisim.records import REFUSED, REQUEST_COLUMNS, SAMPLE_COLUMNS
 from viisim.results import compare_bytes, load_run
+from viisim.step_costs import step_time_of
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))

@@ -20,7 +20,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     ConfigDict,
@@ -423,11 +423,41 @@ class LimitsConfig(Strict):
         return Limits(**self.model_dump())
 
 
+Digest: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""SHA-256 of a key, in hexadecimal: `printf %s KEY | sha256sum`."""
+
+
+class KeyConfig(Strict):
+    """An API key and what its holder may ask for."""
+
+    sha256: Digest
+    tenant: str = ""
+    traffic_class: str = ""
+    priority: int = 0
+    """Of requests that state none; smaller is more urgent."""
+    best_priority: int = 0
+    """The most urgent that a request may state."""
+    max_requests: Count | None = None
+    """In the proxy at once, queued or running."""
+
+
 class DeployConfig(Strict):
     """How the proxy serves."""
 
     listen: str = Field(default="127.0.0.1:8080", pattern=r"^.+:\d+$")
     """HOST:PORT."""
+    keys: tuple[KeyConfig, ...] = Field(default=(), strict=False)
+    """Without any, everybody is served as the same anonymous client."""
+    admin_sha256: Digest | None = None
+    """Of the key for `/admin/*`; without it there are no such routes."""
+    max_body_bytes: Count = 16 * 2**20
+    max_connections: Count = 4096
+    head_timeout_s: Positive = 10.0
+    """How long a client may take to send the head of a request."""
+    default_output_tokens: Count = 1024
+    """Expected of a request that states no limit."""
+    pass_on: tuple[str, ...] = Field(default=("/tokenize", "/detokenize"), strict=False)
+    """Other paths that workers answer."""
 
 
 class Experiment(Strict):

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from policies.interface import Policy, PolicyError, StepCosts
+from policies.interface import Policy, PolicyError
 from policies.journal import Segment
 from viisim.config import (
     Experiment,
@@ -34,17 +34,17 @@ from viisim.config import (
     resolved,
     workload_files,
 )
-from viisim.engine.step_time import CalibratedRange, DecodePoint, StepTime
 from viisim.hardware import device_names, load_device
 from viisim.journal import JournalWriter
 from viisim.launch import Launcher
 from viisim.metrics import Summary, summarise
 from viisim.power import PowerDraw, group_draw, power_draw, replica_power_w, work_j
-from viisim.profile import Profile, profile_hash
+from viisim.profile import profile_hash
 from viisim.records import SeedResult
 from viisim.results import RunFolder, file_hash, make_manifest, write_run
 from viisim.roofline import is_uncalibrated
 from viisim.simulation import ReplicaSpec, Simulation
+from viisim.step_costs import step_costs_of, step_time_of
 
 SeedProgress: TypeAlias = Callable[[int, int], None]
 """Told how many requests of a seed have arrived, of how many."""
@@ -160,46 +160,6 @@ def _draw(replica: SimulatedReplica) -> PowerDraw | None:
         return None
     device, cap_w = load_device(replica.device), replica.profile.power_cap_w
     return group_draw(device, replica.tensor_parallel, replica.stages, cap_w)
-
-
-def step_costs_of(profile: Profile, max_batched_tokens: int) -> StepCosts:
-    """The profile's step times as policies see them."""
-    times = profile.step_time
-    return StepCosts(
-        tuple(point.sequences for point in times.decode),
-        tuple(point.base_s for point in times.decode),
-        tuple(point.per_context_token_s for point in times.decode),
-        times.prefill.base_s,
-        times.prefill.per_token_s,
-        times.prefill.per_token_context_s,
-        times.host_overhead_s,
-        max_batched_tokens,
-    )
-
-
-def step_time_of(profile: Profile, max_num_seqs: int, slowdown: float = 1.0) -> StepTime:
-    """The profile's step times for batches of up to `max_num_seqs` sequences, each multiplied
-    by `slowdown`.
-
-    A profile states the longest measured context of one sequence; a batch is within the
-    calibrated range as long as all its sequences could be.
-    """
-    times, measured = profile.step_time, profile.range
-    most_sequences = measured.decode_sequences[1]
-    return StepTime(
-        [DecodePoint(p.sequences, p.base_s, p.per_context_token_s) for p in times.decode],
-        max_num_seqs,
-        prefill_base_s=times.prefill.base_s,
-        prefill_per_token_s=times.prefill.per_token_s,
-        prefill_per_pair_s=times.prefill.per_token_context_s,
-        host_overhead_s=times.host_overhead_s,
-        calibrated=CalibratedRange(
-            max_decode_sequences=most_sequences,
-            max_context_tokens=most_sequences * measured.context_tokens[1],
-            max_prefill_tokens=measured.prefill_tokens[1],
-        ),
-        slowdown=slowdown,
-    )
 
 
 # --------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import numpy as np
 from policies.registry import make_policy
 from viisim.config import Slo
 from viisim.errors import InputError
-from viisim.experiment import step_costs_of, step_time_of
 from viisim.hardware import Device, load_device
 from viisim.memory import find_quantisation, tensor_parallel_sizes
 from viisim.metrics import latencies, seed_metrics
@@ -31,6 +30,7 @@ from viisim.profile import Profile, load_profile, profile_names
 from viisim.records import REFUSED, SeedResult
 from viisim.roofline import is_uncalibrated, roofline_profile
 from viisim.simulation import ReplicaSpec, Simulation
+from viisim.step_costs import step_costs_of, step_time_of
 from viisim.workload.config import MixedWorkload, WorkloadConfig, build_workload, scaled
 from viisim.workload.request import Request
 

@@ -17,7 +17,7 @@ from viisim.config import Experiment
 from viisim.conform import GoldenConfig, GoldenRequest
 from viisim.engine.step_time import PS_PER_S, StepTime
 from viisim.engine.stepwise import SteppedScheduler
-from viisim.experiment import run_seed, step_time_of
+from viisim.experiment import run_seed
 from viisim.hardware import load_device
 from viisim.metrics import latencies
 from viisim.models import load_model
@@ -25,6 +25,7 @@ from viisim.plan import Candidate, cluster_power_w, measured_profile, simulate_c
 from viisim.profile import EngineSettings
 from viisim.records import FINISHED, SeedResult
 from viisim.roofline import Roofline, roofline_profile
+from viisim.step_costs import step_time_of
 from viisim.workload.request import Request
 
 ROUNDS = 4

@@ -17,10 +17,10 @@ from policies.registry import make_policy
 from viisim.calibration.measurements import Counts, Floats, RequestLog
 from viisim.engine.step_time import StepTime
 from viisim.errors import InputError
-from viisim.experiment import step_time_of
 from viisim.profile import EngineSettings, Profile
 from viisim.records import FINISHED, ITL_EDGES_S
 from viisim.simulation import ReplicaSpec, Simulation
+from viisim.step_costs import step_time_of
 from viisim.workload.request import Request
 
 _NS_PER_S = 10**9

@@ -18,8 +18,8 @@ from viisim.calibration.measurements import Floats, Measurement, RequestLog, Ste
 from viisim.calibration.replay import Replay, replay
 from viisim.calibration.reuse import Series, uniform_length, with_cached_prompts
 from viisim.errors import InputError
-from viisim.experiment import step_time_of
 from viisim.profile import Profile
+from viisim.step_costs import step_time_of
 
 Metrics = dict[str, dict[str, dict[str, float]]]
 """By metric and statistic: `measured`, `predicted`, `error_pct`."""

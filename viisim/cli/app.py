@@ -14,7 +14,9 @@ from viisim.cli.calibrate import calibrate
 from viisim.cli.check import check
 from viisim.cli.compare import compare
 from viisim.cli.conform import conform
+from viisim.cli.deploy import deploy
 from viisim.cli.list import list_
+from viisim.cli.load import load
 from viisim.cli.new import new
 from viisim.cli.plan import plan
 from viisim.cli.replay import replay
@@ -24,6 +26,7 @@ from viisim.cli.schema import schema
 from viisim.cli.trace import trace
 from viisim.cli.validate import validate
 from viisim.cli.verify import verify
+from viisim.cli.worker import worker
 from viisim.errors import InputError
 
 app = typer.Typer(
@@ -56,6 +59,9 @@ app.command()(validate)
 app.command()(plan)
 app.add_typer(trace, name="trace")
 app.command()(replay)
+app.command()(deploy)
+app.command()(worker)
+app.command()(load)
 
 
 def _show_version(asked: bool) -> None:

@@ -1,0 +1,170 @@
+"""A running inference server, as the driver's `Worker`: requests out, answers passed on."""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+from policies.interface import StepCosts
+from runtime.driver import Job, Reading, WorkerError
+from runtime.exchange import Exchange, Reply
+from runtime.http1 import Head, ProtocolError, payload
+from runtime.metrics_text import read_gauges
+from runtime.upstream import Connection, Pool, UpstreamError
+from viisim.errors import InputError
+
+PROBE_S = 3.0
+"""How long `/health` and `/metrics` may take."""
+MAX_COLLECTED_BYTES = 1 << 26
+
+
+class HttpWorker:
+    """A vLLM server, or anything that speaks its API, at a URL.
+
+    `forwards_priority`: the engine schedules by priority, so it is told what the policy wants. One
+    that does not (vLLM's default, fcfs) answers 400 to any priority, and is told none. A worker
+    that says nothing for `silence_s` has failed; mind that a request which is not streamed shows
+    nothing before its end. Raises InputError for a URL that is no server's address.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        url: str,
+        *,
+        devices: tuple[str, ...] = (),
+        max_num_seqs: int = 0,
+        kv_blocks: int = 0,
+        block_tokens: int = 16,
+        step_costs: StepCosts = StepCosts(),  # noqa: B008 - frozen
+        forwards_priority: bool = False,
+        silence_s: float = 600.0,
+    ) -> None:
+        self.id = id
+        self.model = model
+        self.url = url
+        self.devices = devices
+        self.max_num_seqs = max_num_seqs
+        self.kv_blocks = kv_blocks
+        self.block_tokens = block_tokens
+        self.step_costs = step_costs
+        self._forwards_priority = forwards_priority
+        host, port, tls = _address(id, url)
+        self._pool = Pool(host, port, tls=tls, silence_s=silence_s)
+        self._host = f"host: {urlsplit(url).netloc}\r\n".encode()
+
+    async def answer(self, job: Job) -> int:
+        """See `runtime.driver.Worker.answer`."""
+        exchange: Exchange = job.client
+        body = exchange.body
+        if self._forwards_priority:
+            body = with_priority(body, job.engine_priority)
+        exchange.busy = None
+        exchange.at_worker = True
+        try:
+            reply = await self._pool.ask(
+                self._request(exchange.head, body),
+                lambda connection: Reply(job, exchange, connection),
+            )
+            return reply.result()
+        except UpstreamError as error:
+            raise WorkerError(str(error)) from error
+        finally:
+            exchange.at_worker = False
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """Status and content of a plain request. Raises WorkerError, at the latest after
+        `PROBE_S`."""
+        request = b"GET %s HTTP/1.1\r\n%s\r\n" % (path.encode(), self._host)
+        try:
+            async with asyncio.timeout(PROBE_S):
+                collected = await self._pool.ask(request, _Collected)
+        except UpstreamError as error:
+            raise WorkerError(str(error)) from error
+        except TimeoutError:
+            raise WorkerError(f"{path} took longer than {PROBE_S:g} s") from None
+        return collected.status, collected.content()
+
+    async def forward(self, head: bytes, body: bytes) -> tuple[int, dict[str, str], bytes] | None:
+        """The whole answer to a small request; None when there is none."""
+        try:
+            collected = await self._pool.ask(self._request(head, body), _Collected)
+        except UpstreamError:
+            return None
+        return collected.status, {"Content-Type": collected.content_type}, collected.content()
+
+    async def gauges(self) -> Reading:
+        """See `runtime.driver.GaugedWorker`."""
+        status, text = await self.get("/metrics")
+        if status != 200:
+            raise WorkerError(f"/metrics answered {status}")
+        return read_gauges(text)
+
+    async def is_healthy(self) -> bool:
+        """Whether `/health` says so."""
+        try:
+            status, _ = await self.get("/health")
+        except WorkerError:
+            return False
+        return status == 200
+
+    def close(self) -> None:
+        """Drop the idle connections."""
+        self._pool.close()
+
+    def _request(self, head: bytes, body: bytes) -> bytes:
+        return b"%s%scontent-length: %d\r\n\r\n%s" % (head, self._host, len(body), body)
+
+
+def _address(id: str, url: str) -> tuple[str, int, bool]:
+    """Host, port, and whether to use TLS. Raises InputError."""
+    parts = urlsplit(url)
+    tls = parts.scheme == "https"
+    try:
+        port = parts.port or (443 if tls else 80)
+    except ValueError:
+        port = 0
+    if not parts.hostname or not port or "@" in parts.netloc or parts.path not in ("", "/"):
+        raise InputError(
+            f"{id}: url: {url!r} is no address of a server; write http://HOST:PORT, without a path"
+        )
+    return parts.hostname, port, tls
+
+
+def with_priority(body: bytes, priority: int) -> bytes:
+    """The body with vLLM's top-level `priority`, spliced in without parsing it again. It is an
+    object that names its model, so it is not empty, and states no priority yet."""
+    if not priority:
+        return body
+    start = body.index(b"{") + 1
+    return b'%s"priority":%d,%s' % (body[:start], priority, body[start:])
+
+
+class _Collected:
+    """A whole answer."""
+
+    def __init__(self, _: Connection) -> None:
+        self.status = 0
+        self.content_type = "application/json"
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._chunked = False
+
+    def head(self, head: Head) -> None:
+        self.status = head.status
+        self.content_type = (head.get(b"content-type") or b"application/json").decode("latin-1")
+        self._chunked = head.is_chunked
+
+    def body(self, data: bytes) -> None:
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > MAX_COLLECTED_BYTES:
+            raise ProtocolError("the answer is too long")
+
+    def cut(self) -> None:
+        """Whoever asked learns it from the error."""
+
+    def content(self) -> bytes:
+        whole = b"".join(self._parts)
+        return payload(whole) if self._chunked else whole

@@ -1,0 +1,203 @@
+"""An open-loop client of any OpenAI endpoint: requests leave when the workload says so.
+
+No request waits for another's answer, except the turns of a closed-loop session. Latencies count
+from the instant at which a request was *due*, so a server that slows its client down is not
+flattered (no coordinated omission); those from the actual sending are given beside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from zlib import crc32
+
+import aiohttp
+
+from viisim.workload.request import Request
+
+_VOCABULARY = (100, 30_000)
+"""Token ids that any model's vocabulary has, none of them special."""
+_STRIDE = 40_503
+_LATE_S = 0.05
+
+
+@dataclass(slots=True)
+class Record:
+    """What became of one request; seconds on the client's clock from the start of the run."""
+
+    id: str
+    due_s: float
+    sent_s: float = -1.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    priority: int = 0
+    tenant: str = ""
+    traffic_class: str = ""
+    streamed: bool = True
+    status: int = 0
+    """Of the HTTP answer; 0 without one."""
+    error: str = ""
+    """Empty for a whole answer."""
+    ttft_s: float | None = None
+    """From when the request was due; None for an answer that was not streamed."""
+    ttft_from_sent_s: float | None = None
+    e2e_s: float | None = None
+    e2e_from_sent_s: float | None = None
+    token_s: list[float] = field(default_factory=list)
+    """When each piece of the stream came."""
+
+    def line(self) -> str:
+        """As one line of JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+def token_ids(prompt: Iterable[tuple[Any, int]]) -> list[int]:
+    """A prompt as token ids, equal where the workload says that prompts are equal."""
+    low, high = _VOCABULARY
+    ids: list[int] = []
+    for segment, tokens in prompt:
+        first = crc32(repr(segment).encode())
+        ids += [low + (first + _STRIDE * k) % (high - low) for k in range(tokens)]
+    return ids
+
+
+class LoadClient:
+    """Sends a workload to one server."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        exact_lengths: bool = True,
+        speed: float = 1.0,
+        timeout_s: float = 3600.0,
+        on_done: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        """`speed` 10 sends ten seconds' worth in one; `exact_lengths` asks the server to ignore
+        the end of an answer, so that it has the workload's length (a vLLM option)."""
+        self._url = url.rstrip("/")
+        self._key = key
+        self._exact = exact_lengths
+        self._speed = speed
+        self._timeout_s = timeout_s
+        self._on_done = on_done
+        self._records: list[Record] = []
+
+    async def send(self, requests: Iterator[Request]) -> list[Record]:
+        """Send all of them; returns their records in the order of sending."""
+        timeout = aiohttp.ClientTimeout(total=self._timeout_s)
+        connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=3600)
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        async with aiohttp.ClientSession(
+            connector=connector, timeout=timeout, headers=headers
+        ) as session:
+            self._session = session
+            self._start_s = time.perf_counter()
+            async with asyncio.TaskGroup() as group:
+                for request in requests:
+                    await self._until(request.arrived_ns / 1e9 / self._speed)
+                    group.create_task(self._session_of(request))
+        return self._records
+
+    def _now_s(self) -> float:
+        return time.perf_counter() - self._start_s
+
+    async def _until(self, instant_s: float) -> None:
+        delay_s = instant_s - self._now_s()
+        if delay_s > 0:
+            await asyncio.sleep(delay_s)
+
+    async def _session_of(self, request: Request) -> None:
+        """One request, and after its answer the next turn of its session, if it has one."""
+        following: Request | None = request
+        while following is not None:
+            record = await self._ask(following)
+            if record.error or following.next_turn is None:
+                return
+            following = following.next_turn(round(self._now_s() * self._speed * 1e9))
+            await self._until(following.arrived_ns / 1e9 / self._speed)
+
+    async def _ask(self, request: Request) -> Record:
+        view = request.view
+        record = Record(
+            view.id,
+            due_s=request.arrived_ns / 1e9 / self._speed,
+            prompt_tokens=view.prompt_tokens,
+            priority=view.priority,
+            tenant=view.tenant,
+            traffic_class=view.traffic_class,
+            streamed=view.streamed,
+        )
+        self._records.append(record)
+        body: dict[str, Any] = {
+            "model": view.model,
+            "prompt": token_ids(request.prompt),
+            "max_tokens": request.output_tokens,
+            "stream": view.streamed,
+        }
+        if self._exact:
+            body |= {"ignore_eos": True, "min_tokens": request.output_tokens}
+        if view.priority:
+            body["priority"] = view.priority
+        if view.streamed:
+            body["stream_options"] = {"include_usage": True}
+        try:
+            await self._exchange(json.dumps(body).encode(), record)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            record.error = str(error) or type(error).__name__
+        self._on_done(record)
+        return record
+
+    async def _exchange(self, body: bytes, record: Record) -> None:
+        headers = {"Content-Type": "application/json", "X-Request-Id": record.id}
+        record.sent_s = self._now_s()
+        async with self._session.post(
+            f"{self._url}/v1/completions", data=body, headers=headers
+        ) as answer:
+            record.status = answer.status
+            if answer.status != 200:
+                record.error = (await answer.text())[:300]
+                return
+            if record.streamed:
+                await self._read_stream(answer, record)
+            else:
+                content = await answer.json()
+                record.output_tokens = content.get("usage", {}).get("completion_tokens", 0)
+        end_s = self._now_s()
+        record.e2e_s = end_s - record.due_s
+        record.e2e_from_sent_s = end_s - record.sent_s
+
+    async def _read_stream(self, answer: aiohttp.ClientResponse, record: Record) -> None:
+        tail = b""
+        async for data in answer.content.iter_any():
+            now_s = self._now_s()
+            if record.ttft_s is None:
+                record.ttft_s = now_s - record.due_s
+                record.ttft_from_sent_s = now_s - record.sent_s
+            pieces = data.count(b'"text"') + data.count(b'"delta"')
+            record.token_s += [now_s] * pieces
+            tail = (tail + data)[-2048:]
+        usage = tail.rpartition(b'"completion_tokens":')[2]
+        digits = usage[: len(usage) - len(usage.lstrip(b" 0123456789"))].strip()
+        record.output_tokens = int(digits) if digits else len(record.token_s)
+        if b'"error"' in tail:
+            record.error = tail[-300:].decode(errors="replace")
+        elif b'"finish_reason":"' not in tail.replace(b": ", b":"):
+            record.error = "the stream ended without a finish_reason"
+
+
+def late_share(records: list[Record]) -> float:
+    """Share of the requests that left more than 50 ms after they were due: whether the client
+    kept its schedule."""
+    sent = [record for record in records if record.sent_s >= 0]
+    return sum(r.sent_s - r.due_s > _LATE_S for r in sent) / len(sent) if sent else 0.0
+
+
+def inter_token_s(record: Record) -> list[float]:
+    """The gaps between the pieces of a stream."""
+    return [b - a for a, b in zip(record.token_s, record.token_s[1:], strict=False)]
