@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 from viisim.engine.engine import Engine
 from viisim.engine.scheduler import SchedulerSettings
@@ -22,10 +22,10 @@ OnTokens: TypeAlias = Callable[[int, bool], None]
 """Told of new tokens, and whether they are the last."""
 
 
-class Stream(Sequence):
+class Stream:
     """One request inside the engine, and who waits for its tokens."""
 
-    __slots__ = ("arrived_ns", "last_ns", "on_tokens", "visible")
+    __slots__ = ("arrived_ns", "last_ns", "on_tokens", "output_tokens", "sequence", "visible")
 
     def __init__(
         self,
@@ -36,7 +36,8 @@ class Stream(Sequence):
         priority: int = 0,
     ) -> None:
         prompt_tokens = sum(tokens for _, tokens in prompt)
-        super().__init__(name, prompt, prompt_tokens, output_tokens, priority=priority)
+        self.sequence = Sequence(name, prompt, prompt_tokens, output_tokens, priority=priority)
+        self.output_tokens = output_tokens
         self.on_tokens = on_tokens
         self.visible = 0
         """Tokens that have been told."""
@@ -58,7 +59,7 @@ class RealTimeEngine:
         self._loop = asyncio.get_running_loop()
         self._origin_s = self._loop.time()
         self._speed = speed
-        self._streams: dict[Stream, None] = {}
+        self._streams: dict[Sequence, Stream] = {}
         self._due_ns: int | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.output_tokens = 0
@@ -83,16 +84,16 @@ class RealTimeEngine:
         """Take a request; its tokens come by `on_tokens`."""
         self._catch_up()
         now_ns = stream.arrived_ns = self.now_ns()
-        stream.arrival = float(now_ns)
-        self.prompt_tokens += stream.prompt_tokens
-        self._streams[stream] = None
-        self._set_due(self._engine.arrive(stream, now_ns))
+        stream.sequence.arrival = float(now_ns)
+        self.prompt_tokens += stream.sequence.prompt_tokens
+        self._streams[stream.sequence] = stream
+        self._set_due(self._engine.arrive(stream.sequence, now_ns))
 
     def abort(self, stream: Stream) -> None:
         """Let a request go at the end of the step in progress; it hears no more."""
-        if self._streams.pop(stream, self) is None:
+        if self._streams.pop(stream.sequence, None) is not None:
             self._catch_up()
-            self._set_due(self._engine.abort(stream, self.now_ns()))
+            self._set_due(self._engine.abort(stream.sequence, self.now_ns()))
 
     def gauges(self) -> tuple[int, int, float]:
         """Running, waiting, and the share of KV blocks in use."""
@@ -139,27 +140,28 @@ class RealTimeEngine:
         ended, due_ns = engine.finish(now_ns)
         self._set_due(due_ns)
         # Told only now: whoever hears it may submit or abort at once.
-        told = self._visible(cast("list[Stream]", engine.first_tokens), now_ns)
+        told = self._made(engine.first_tokens)
         engine.first_tokens.clear()
         engine.aborted.clear()
-        for stream in cast("list[Stream]", list(ended)):
-            if self._streams.pop(stream, self) is None:
-                told[stream] = stream.tokens - stream.prompt_tokens
+        for sequence in list(ended):
+            stream = self._streams.pop(sequence, None)
+            if stream is not None:
+                told[stream] = sequence.tokens - sequence.prompt_tokens
         for stream, tokens in told.items():
             new, stream.visible = tokens - stream.visible, tokens
             if new > 0:
                 self.output_tokens += new
                 self.on_step(stream, now_ns)
                 stream.last_ns = now_ns
-                stream.on_tokens(new, stream not in self._streams)
+                stream.on_tokens(new, stream.sequence not in self._streams)
 
-    def _visible(self, firsts: list[Stream], now_ns: int) -> dict[Stream, int]:
+    def _made(self, firsts: list[Sequence]) -> dict[Stream, int]:
         """The tokens that each stream has after this step, where that has changed. A step gives
         a sequence one token or, where it is starved or preempted, none."""
         tokens_of = self._engine.scheduler.tokens_of
-        told = {stream: 1 for stream in firsts if stream in self._streams}
-        for stream in self._streams:
+        told = {self._streams[sequence]: 1 for sequence in firsts if sequence in self._streams}
+        for sequence, stream in self._streams.items():
             if stream.visible:
-                made = tokens_of(stream) - stream.prompt_tokens
+                made = tokens_of(sequence) - sequence.prompt_tokens
                 told[stream] = min(stream.visible + 1, made)
         return told

@@ -83,7 +83,7 @@ class SimulatedWorker(Collector):
             self._ttft_s.observe((now_ns - stream.arrived_ns) / 1e9)
         else:
             self._itl_s.observe((now_ns - stream.last_ns) / 1e9)
-        if stream.visible == stream.end_tokens - stream.prompt_tokens:
+        if stream.visible == stream.output_tokens:
             self._e2e_s.observe((now_ns - stream.arrived_ns) / 1e9)
 
     def collect(self) -> Iterator[Any]:
