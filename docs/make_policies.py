@@ -9,6 +9,7 @@ fills the page from their files; no figure on it is written by hand.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,7 @@ def main() -> None:
         "",
         *_claims(studies, overload, one_prefix),
         *_tables([*studies.values(), one_prefix]),
+        *_costs(),
         "## What each does",
         "",
         *_descriptions(),
@@ -273,6 +275,25 @@ def _tables(studies: Sequence[Study]) -> list[str]:
     for study in studies:
         lines += [f"### `{study.command}`", "", *study.table(), ""]
     return lines
+
+
+def _costs() -> list[str]:
+    """What `benchmarks/policy_costs.py` wrote when it was run last."""
+    found = json.loads((ROOT / "docs" / "policy_costs.json").read_text(encoding="utf-8"))
+    lines = [
+        "## What each costs",
+        "",
+        "`python benchmarks/policy_costs.py > docs/policy_costs.json`: microseconds that the core and "
+        "the policy take for a request's arrival and end, by replicas of the cluster, and the speed of "
+        "the simulator's standard benchmark under each policy, beside `least_loaded`.",
+        "",
+        "| policy | 4 (us) | 16 (us) | 64 (us) | simulator |",
+        "|---|---|---|---|---|",
+    ]
+    for name, costs in found["us_per_decision"].items():
+        cells = " | ".join(f"{costs[size]['us']:.0f}" for size in ("4", "16", "64"))
+        lines.append(f"| `{name}` | {cells} | {found['simulator'][name]['ratio']:.2f} |")
+    return [*lines, ""]
 
 
 def _descriptions() -> list[str]:
