@@ -295,7 +295,7 @@ async def process(*arguments: str, port: int) -> AsyncIterator[int]:
     """This file again, in another role; its process id once it listens."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, *arguments]
-    child = subprocess.Popen(command, env=environment)  # noqa: ASYNC220
+    child = subprocess.Popen(command, env=environment)  # noqa: ASYNC220 - before anything is measured
     try:
         for _ in range(200):
             try:

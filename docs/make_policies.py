@@ -119,7 +119,7 @@ class Study:
     def best_other(self, policy: str, metric: str, left_out: Sequence[str] = ()) -> str:
         """Which other policy has the highest mean."""
         others = [p for p in self.policies if not p.startswith(policy) and p not in left_out]
-        return max(others, key=lambda other: self.value(other, metric)["mean"])  # type: ignore[index]
+        return max(others, key=lambda other: self.value(other, metric)["mean"])
 
     def _cell(self, policy: str, load: float | None) -> Any:
         return next(c for c in self.cells if c["variant"] == policy and c["load"] == load)

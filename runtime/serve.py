@@ -195,7 +195,7 @@ class _Refusal(asyncio.Protocol):
 async def _until_told_to_stop(loop: asyncio.AbstractEventLoop) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):
+        with contextlib.suppress(NotImplementedError):  # on Windows loops take no signals
             loop.add_signal_handler(number, stop.set)
     await stop.wait()
 

@@ -65,7 +65,7 @@ def test_holm_multiplies_the_smallest_by_all_and_never_falls() -> None:
 )
 def test_a_verdict_is_plain(change: float, p: float | None, better: Any, said: str) -> None:
     difference = {"mean": change, "half_width": 0.1, "seeds": 3}
-    assert verdict(difference, p, better) == said  # type: ignore[arg-type]
+    assert verdict(difference, p, better) == said
 
 
 @pytest.mark.slow
@@ -246,7 +246,7 @@ MIXED = """{kind: mixed, parts: [
 def test_capacity_is_measured_with_everything_at_once_and_enough_of_it(tmp_path: Path) -> None:
     (setting,) = settings_of([small_file(tmp_path)], [], [f"workload={MIXED}", "seeds=[7, 8]"])
     measured = capacity_cell(setting).experiment
-    parts = measured.workload.parts  # type: ignore[union-attr]
+    parts = measured.workload.parts
     # Two replicas of 16 places, ten times: seven times the 50 requests.
     assert [part.requests for part in parts] == [140, 210]
     assert [part.rate_per_s for part in parts] == [2e6, 1e5]

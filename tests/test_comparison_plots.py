@@ -64,7 +64,7 @@ def test_each_variant_has_a_line_in_a_band(drawn: dict[str, Drawn]) -> None:
 
 def test_saturated_points_are_hollow(drawn: dict[str, Drawn]) -> None:
     axes = drawn["latency_load.mm1"].figure.axes[0]
-    points = [line for line in axes.get_lines() if len(line.get_xdata()) == 1]  # type: ignore[arg-type]
+    points = [line for line in axes.get_lines() if len(line.get_xdata()) == 1]
     hollow = [point.get_markerfacecolor() == "white" for point in points]
     # Each variant at 50 % and at 160 %: only the faster keeps up with the latter.
     assert hollow == [False, True, False, True, False, False]

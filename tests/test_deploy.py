@@ -210,7 +210,7 @@ class TestRollingJournal:
         full = RollingJournal(tmp_path, self.HEAD, core, 50_000, 3)
         assert full._writer is not None
         full._writer.close()
-        full._writer._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+        full._writer._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - the writer closes it
         for now_s in (0.0, 1.0):
             full.record(*self.handled(core, ReplicaChanged(now_s, "r0", "ready", model="m")))
         assert [record.message[:21] for record in caplog.records] == ["the journal ends here"]

@@ -85,7 +85,7 @@ class CountingJournal:
 @FUZZ
 def test_no_request_is_lost_at_any_event_i1(world: World) -> None:
     journal = CountingJournal()
-    journal.simulation = simulation(world, journal=journal)  # type: ignore[arg-type]
+    journal.simulation = simulation(world, journal=journal)
     rows = journal.simulation.run().requests
     assert journal.arrived == len(world.requests)
     assert rows["request"].tolist() == list(range(len(world.requests)))

@@ -202,7 +202,7 @@ def test_rates_of_the_classes_add_up_to_the_whole() -> None:
     seed = two_classes()
     name = "throughput_output_tokens_per_s"
     each = [group["values"][name] for group in seed["classes"].values()]
-    assert sum(each) == seed["values"][name]  # type: ignore[arg-type]
+    assert sum(each) == seed["values"][name]
 
 
 def test_the_warm_up_of_a_class_is_its_part_of_the_whole() -> None:

@@ -86,7 +86,7 @@ def _chosen(experiment: Experiment, ids: Sequence[str]) -> list[SimulatedReplica
 def _import_all() -> None:
     """Import what serving needs once, before the processes part."""
     import runtime.serve
-    import runtime.simulated_api  # noqa: F401
+    import runtime.simulated_api  # noqa: F401 - for the processes that part from this one
 
 
 def _serve(replica: SimulatedReplica, port: int, speed: float, until_eof: bool) -> None:
