@@ -6,10 +6,11 @@ and times them out; it only does not touch the chunks.
 
 What counts as an answer. A stream is held until its first event has come whole: an error there,
 or any other failure before, can be tried elsewhere. From then on pieces go straight to the
-client. `[DONE]` alone is no success: vLLM sends it after an engine's death as well (FACTS
-section 6). So the piece with `[DONE]` is looked at before it is passed on, with the last few
-before it, and where no choice has a finish_reason the client gets an error event in its place.
-A stream that ends without `[DONE]`, or breaks, ends in such an event too.
+client, and those are kept that say more than a token and that it goes on. `[DONE]` alone is no
+success: vLLM sends it after an engine's death as well (FACTS section 6). So the piece with
+`[DONE]` is looked at before it is passed on, with the last few that were kept, and where no
+choice has a finish_reason the client gets an error event in its place. A stream that ends without
+`[DONE]`, or breaks, ends in such an event too.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CLIENT_STALL_S = 60.0
 """A client that takes nothing for so long has left."""
 TAIL_PIECES = 6
 """How much of a stream's end is looked at: the last token, usage and [DONE], each in a piece
-of its own, and some room."""
+of its own, and some room for several choices."""
 DONE_BYTES = 24
 """Where the last piece has its [DONE]: at the end, before a few line ends."""
 MAX_FIRST_EVENT_BYTES = 1 << 20
@@ -50,6 +51,8 @@ MAX_WHOLE_BYTES = 1 << 28
 """Of an answer that is not a stream, which is held until it is whole."""
 BROKE_OFF = "the worker's answer broke off"
 
+_GOES_ON = b'"finish_reason":null'
+_STOPS = b'"finish_reason":"'
 _FINISHED = re.compile(
     rb'"finish_reason"\s*:\s*"(?!error")|"stop_reason"\s*:\s*"|response\.(?:completed|incomplete)"'
 )
@@ -238,11 +241,14 @@ class Reply:
         if self._held is not None:
             self._hold(self._held, data)
             return
-        self._tail.append(data)
-        if b"[DONE]" in data[-DONE_BYTES:]:
-            data = self._checked(data)
+        events = data.count(b"data: ")
+        self._events += events
+        # A token like any other is not kept: of 800 streams, that is memory which no cache holds.
+        if data.count(_GOES_ON) != events or _STOPS in data:
+            self._tail.append(data)
+            if b"[DONE]" in data[-DONE_BYTES:]:
+                data = self._checked(data)
         self._write(data)
-        self._events += data.count(b"data: ")
         if self._buffered_bytes() > BUFFER_BYTES:
             self._wait_for_client()
 

@@ -45,6 +45,24 @@ AnyListener = TypeVar("AnyListener", bound=Listener)
 class Connection(asyncio.Protocol):
     """One connection to a worker."""
 
+    __slots__ = (
+        "_chunks",
+        "_data",
+        "_ended",
+        "_head",
+        "_heard",
+        "_left",
+        "_listener",
+        "_loop",
+        "_may_stay",
+        "_paused",
+        "_pool",
+        "_sent_s",
+        "_surplus",
+        "_transport",
+        "_was_used",
+    )
+
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._loop = asyncio.get_running_loop()
@@ -136,7 +154,9 @@ class Connection(asyncio.Protocol):
         """See asyncio.Protocol."""
         self._heard = True
         try:
-            if self._head is None:
+            if self._chunks is not None:
+                self._receive_chunks(self._chunks, data)
+            elif self._head is None:
                 self._receive_head(data)
             else:
                 self._receive_body(data)
@@ -168,21 +188,24 @@ class Connection(asyncio.Protocol):
         is_delimited = self._chunks is not None or self._left is not None
         self._may_stay = is_delimited and head.keeps_alive
         self._listener.head(head)
-        if rest or self._left == 0:
+        if self._chunks is not None:
+            self._receive_chunks(self._chunks, rest)
+        elif rest or self._left == 0:
             self._receive_body(rest)
+
+    def _receive_chunks(self, chunks: ChunkedBody, data: bytes) -> None:
+        if self._listener is None:
+            raise ProtocolError("an answer without a request")
+        data = chunks.feed(data)
+        if data:
+            self._listener.body(data)
+        if chunks.ended:
+            self._finish(chunks.surplus)
 
     def _receive_body(self, data: bytes) -> None:
         listener = self._listener
         if listener is None:
             raise ProtocolError("an answer without a request")
-        chunks = self._chunks
-        if chunks is not None:
-            data = chunks.feed(data)
-            if data:
-                listener.body(data)
-            if chunks.ended:
-                self._finish(chunks.surplus)
-            return
         left = self._left
         if left is None:
             listener.body(data)

@@ -19,6 +19,7 @@ from policies.interface import (
     Verdict,
 )
 from runtime.driver import WorkerError
+from runtime.exchange import TAIL_PIECES
 from runtime.http1 import chunk, payload
 from runtime.http_worker import HttpWorker, with_priority
 from tests.stub_server import (
@@ -304,6 +305,22 @@ class TestBrokenStreams:
     def test_done_in_one_chunk_with_a_token_leaves_the_token(self):
         answer, _, _ = answered(STREAM, [says(stream_of(token(), token(" two") + DONE))])
         assert [next(iter(e)) for e in said(answer)] == ["choices", "choices", "error"]
+
+    def test_an_event_with_a_choice_that_ends_and_one_that_goes_on_is_an_end(self):
+        choices = [
+            {"index": n, "text": "a", "finish_reason": end} for n, end in [(0, "stop"), (1, None)]
+        ]
+        many = [token()] * (TAIL_PIECES + 1)
+        answer, (event,), _ = answered(
+            STREAM, [says(stream_of(sse(choices=choices), *many, DONE), each=60)]
+        )
+        assert type(event) is Finished
+        assert answer.body.endswith(token() + DONE)
+
+    def test_an_end_in_spaced_json_is_found(self):
+        spaced = b'data: {"choices": [{"text": "a", "finish_reason": "stop"}]}\n\n'
+        _, (event,), _ = answered(STREAM, [says(stream_of(token(), spaced, DONE), each=60)])
+        assert type(event) is Finished
 
     def test_an_end_without_done_and_finish_reason_is_an_error_event(self):
         answer, (event,), _ = answered(STREAM, [says(stream_of(token()))])
