@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from mypy_extensions import mypyc_attr
@@ -51,6 +52,7 @@ from policies.interface import (
     Tick,
     Verdict,
 )
+from policies.registry import make_policy
 from policies.state import (
     ENDED,
     IN_FLIGHT,
@@ -72,7 +74,8 @@ class SchedulerCore(Saved):
 
     `seed` gives the policy its random stream. `guard` makes each call that hands the policy a
     view, as `guard(question, *arguments)` (see `policies.guard`); None, the default, calls
-    directly with the live view.
+    directly with the live view. `folder` is where a policy's file is looked up when the policy
+    is changed.
     """
 
     def __init__(
@@ -81,21 +84,12 @@ class SchedulerCore(Saved):
         seed: int = 0,
         limits: Limits | None = None,
         guard: Callable[..., Any] | None = None,
+        folder: Path | None = None,
     ) -> None:
-        unchecked: Any = policy  # a user's class says what it likes
-        tick_s = unchecked.tick_s
-        if tick_s is not None and not (isinstance(tick_s, (int, float)) and tick_s > 0):
-            raise PolicyError(
-                f"{type(policy).__name__}.tick_s is {tick_s!r}: give a positive number of "
-                "seconds, or None for no `plan`"
-            )
-        self.policy = policy
+        self._seed = seed
+        self.folder = folder
         self.limits = limits or Limits()
-        policy.rng = default_rng(SeedSequence([seed, zlib.crc32(b"policy")]))
-        kind = type(policy)
-        self._observes = kind.observe is not Policy.observe
-        self._default_lane = kind.lane is Policy.lane
-        self._default_rank = kind.rank is Policy.rank
+        self._take(policy)
         self._view = Cluster()
         self._guard = guard
         self._entries = self._view._entries
@@ -117,6 +111,16 @@ class SchedulerCore(Saved):
     def wants_first_token(self) -> bool:
         """Whether drivers report `FirstToken`: somebody observes it, or may preempt."""
         return self._observes or self.policy.preempts
+
+    @property
+    def view(self) -> Cluster:
+        """The live state; for drivers to read."""
+        return self._view
+
+    @property
+    def lanes(self) -> Mapping[Hashable, Lane]:
+        """The lanes of the central queue that hold requests; for drivers to read."""
+        return self._lanes
 
     @property
     def queued_requests(self) -> int:
@@ -164,6 +168,47 @@ class SchedulerCore(Saved):
         finally:
             self._handling = False
         return actions
+
+    # -- the policy --
+
+    def _take(self, policy: Policy) -> None:
+        """Ask this policy from now on. Raises PolicyError."""
+        unchecked: Any = policy  # a user's class says what it likes
+        tick_s = unchecked.tick_s
+        if tick_s is not None and not (isinstance(tick_s, (int, float)) and tick_s > 0):
+            raise PolicyError(
+                f"{type(policy).__name__}.tick_s is {tick_s!r}: give a positive number of "
+                "seconds, or None for no `plan`"
+            )
+        policy.rng = default_rng(SeedSequence([self._seed, zlib.crc32(b"policy")]))
+        kind = type(policy)
+        self.policy = policy
+        self._observes = kind.observe is not Policy.observe
+        self._default_lane = kind.lane is Policy.lane
+        self._default_rank = kind.rank is Policy.rank
+
+    def _change_policy(self, policy: Policy) -> None:
+        """Take another policy. Requests in flight get its lane and rank too: they may come back.
+        It observes which of them have shown something, and no more of the past."""
+        self._take(policy)
+        self._lanes.clear()
+        for entry in self._entries.values():
+            entry.lane, entry.rank = self._lane_and_rank(entry.view)
+            if entry.state == QUEUED:
+                self._enter_lane(entry)
+            elif entry.first_byte and self._observes:
+                shown = FirstToken(self._view.now_s, entry.view.id, entry.attempt)
+                self._ask(policy.observe, shown)
+        self._timers = [timer for timer in self._timers if timer[2] != "plan"]
+        heapq.heapify(self._timers)
+        self._plan_armed = False
+        if policy.tick_s is not None and self._entries:
+            self._arm_plan()
+
+    def _lane_and_rank(self, request: RequestView) -> tuple[Hashable, Any]:
+        lane = request.model if self._default_lane else self._lane(request)
+        rank = request.arrived_s if self._default_rank else self.policy.rank(request)
+        return lane, rank
 
     # -- questions to the policy --
 
@@ -392,9 +437,7 @@ class SchedulerCore(Saved):
         view = event.request
         if view.id in self._entries:
             raise ValueError(f"request id {view.id!r} is already in use")
-        policy = self.policy
-        lane = view.model if self._default_lane else self._lane(view)
-        rank = view.arrived_s if self._default_rank else policy.rank(view)
+        lane, rank = self._lane_and_rank(view)
         self._order += 1
         entry = Entry(view, lane, rank, self._order)
         self._entries[view.id] = entry
@@ -403,7 +446,7 @@ class SchedulerCore(Saved):
             self._enter_queue(entry)
         else:
             self._fresh = entry
-        if policy.tick_s is not None and not self._plan_armed:
+        if self.policy.tick_s is not None and not self._plan_armed:
             self._arm_plan()
         return True
 
@@ -522,6 +565,8 @@ class SchedulerCore(Saved):
         replica.running = event.running
         replica.waiting = event.waiting
         replica.kv_usage = event.kv_usage
+        replica.power_w = event.power_w
+        replica.temperature_c = event.temperature_c
         replica.sampled_s = event.sampled_s
         return True
 
@@ -531,6 +576,8 @@ class SchedulerCore(Saved):
 
     def _on_config_changed(self, event: ConfigChanged) -> bool:
         self.limits = event.limits
+        if event.policy is not None:
+            self._change_policy(make_policy(event.policy, self.folder))
         return True
 
     def _on_tick(self, event: Tick) -> bool:
@@ -561,16 +608,19 @@ class SchedulerCore(Saved):
     def _enter_queue(self, entry: Entry) -> None:
         entry.state = QUEUED
         entry.replica = None
-        lane = self._lanes.get(entry.lane)
-        if lane is None:
-            lane = self._lanes[entry.lane] = Lane(entry.lane)
-        lane.push(entry)
+        self._enter_lane(entry)
         self._view.queued_requests += 1
         if entry.view.deadline_s is not None:
             self._arm(entry.view.deadline_s, "deadline", entry)
         if self.limits.queue_timeout_s is not None:
             entry.timeout_s = self._view.now_s + self.limits.queue_timeout_s
             self._arm(entry.timeout_s, "timeout", entry)
+
+    def _enter_lane(self, entry: Entry) -> None:
+        lane = self._lanes.get(entry.lane)
+        if lane is None:
+            lane = self._lanes[entry.lane] = Lane(entry.lane)
+        lane.push(entry)
 
     def _leave_queue(self, entry: Entry) -> None:
         entry.state = ENDED

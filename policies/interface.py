@@ -163,6 +163,10 @@ class Gauges:
     waiting: int
     kv_usage: float
     """Share of the KV blocks in use, 0 to 1."""
+    power_w: float | None = None
+    """Of all its devices together; None where nobody measures it."""
+    temperature_c: float | None = None
+    """The junction of its hottest device."""
 
 
 @frozen
@@ -192,10 +196,12 @@ class Limits:
 
 @frozen
 class ConfigChanged:
-    """The operator changed the limits while running."""
+    """The operator changed the limits, or the policy as well, while running."""
 
     now_s: float
     limits: Limits
+    policy: dict[str, Any] | None = None
+    """As in an experiment: `name` or `class`, and the parameters. None: the policy stays."""
 
 
 @frozen
@@ -287,8 +293,9 @@ class ReplicaView(Protocol):
     """One replica as the scheduler knows it.
 
     `inflight_requests` and `outstanding_tokens` are the driver's own counts and exact. The
-    gauges (`running`, `waiting`, `kv_usage`) are as old as `age_s` says; they are 0 and
-    `age_s` is infinite before the first scrape.
+    gauges (`running`, `waiting`, `kv_usage`, `power_w`, `temperature_c`) are as old as `age_s`
+    says. Before the first scrape they are 0 and `age_s` is infinite; the last two are None then,
+    and wherever nobody measures the cards.
     """
 
     @property
@@ -327,6 +334,10 @@ class ReplicaView(Protocol):
     def waiting(self) -> int: ...
     @property
     def kv_usage(self) -> float: ...
+    @property
+    def power_w(self) -> float | None: ...
+    @property
+    def temperature_c(self) -> float | None: ...
     @property
     def age_s(self) -> float: ...
 

@@ -143,7 +143,7 @@ class Segment:
         # Made in either case: it imports the policy's module, which the pickle refers to.
         policy = make_policy(self.policy, folder)
         if self.checkpoint is None:
-            return SchedulerCore(policy, self.seed, self.limits)
+            return SchedulerCore(policy, self.seed, self.limits, folder=folder)
         return restore(self.checkpoint)
 
 

@@ -105,11 +105,13 @@ class Replica(Saved):
         "max_num_seqs",
         "model",
         "outstanding_tokens",
+        "power_w",
         "probing",
         "running",
         "sampled_s",
         "state",
         "step_costs",
+        "temperature_c",
         "waiting",
         "withdrawing_requests",
     )
@@ -130,6 +132,8 @@ class Replica(Saved):
         self.withdrawing_requests = 0
         self.running = self.waiting = 0
         self.kv_usage = 0.0
+        self.power_w: float | None = None
+        self.temperature_c: float | None = None
         self.sampled_s = -inf
         self.failures = 0
         self.ejected_until_s = -inf

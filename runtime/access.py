@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,6 +36,10 @@ class Client:
     """The most urgent (smallest) that the holder may ask for."""
     max_requests: int | None = None
     """In the proxy at once, queued or running; None: any number."""
+    rate_per_s: float | None = None
+    """Requests in the long run; None: any number."""
+    burst: int = 10
+    """Requests at once after a pause, before the rate holds."""
 
     def priority(self, asked: int | None) -> int:
         """The priority a request gets."""
@@ -42,12 +48,18 @@ class Client:
 
 
 class Keys:
-    """The API keys; without any, everybody is the same anonymous client."""
+    """The API keys; without any, everybody is the same anonymous client. `clock` gives monotonic
+    seconds."""
 
-    def __init__(self, clients: Sequence[Client] = ()) -> None:
+    def __init__(
+        self, clients: Sequence[Client] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._clients = tuple(clients)
         self._anonymous = Client(best_priority=-(2**31))
         self._inside: Counter[str] = Counter()
+        self._due_s: dict[str, float] = {}
+        """When a client's allowance is whole again."""
 
     def client(self, headers: Mapping[str, str]) -> Client:
         """Whose request it is. Raises NoAccess."""
@@ -68,7 +80,10 @@ class Keys:
 
     @contextmanager
     def admitted(self, client: Client) -> Iterator[None]:
-        """While a request of the client is inside. Raises NoAccess when it has too many."""
+        """While a request of the client is inside. Raises NoAccess when it has too many, or sends
+        them too fast."""
+        if client.rate_per_s is not None:
+            self._take_turn(client, client.rate_per_s)
         if client.max_requests is None:
             yield
             return
@@ -79,6 +94,17 @@ class Keys:
             yield
         finally:
             self._inside[client.sha256] -= 1
+
+    def _take_turn(self, client: Client, rate_per_s: float) -> None:
+        """Hold the client to its rate by the generic cell rate algorithm (ITU-T I.371): each
+        request moves the moment at which the allowance is whole by 1 / rate."""
+        now_s = self._clock()
+        due_s = max(now_s, self._due_s.get(client.sha256, now_s)) + 1 / rate_per_s
+        too_early_s = due_s - now_s - client.burst / rate_per_s
+        if too_early_s > 1e-9:
+            headers = {"Retry-After": str(math.ceil(too_early_s))}
+            raise NoAccess(429, "this key's rate is exceeded", headers)
+        self._due_s[client.sha256] = due_s
 
     @property
     def inside(self) -> int:

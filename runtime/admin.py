@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from math import isfinite
@@ -11,12 +12,15 @@ from typing import Any
 
 from aiohttp import web
 
-from policies.interface import ReplicaChanged
+from policies.registry import PolicySpecError
 from policies.state import Lane, Replica
 from runtime.access import Keys, NoAccess
 from runtime.driver import Driver
-from runtime.proxy import ApiError
+from runtime.errors import ApiError
 from runtime.proxy_metrics import Watch
+
+BY_ADMIN = "admin"
+"""Why a worker is drained: one that is too hot stays drained when an operator takes it back."""
 
 
 class Operators:
@@ -83,26 +87,41 @@ class Admin:
 
     async def drain(self, request: web.Request) -> web.Response:
         """`POST /admin/drain/{worker}`: it finishes what it has and takes no more."""
-        return self._change(request, "draining")
+        worker_id = self._worker(request)
+        self._driver.drain(worker_id, BY_ADMIN)
+        return self._shown(worker_id)
 
     async def undrain(self, request: web.Request) -> web.Response:
         """`POST /admin/undrain/{worker}`: it takes requests again."""
-        return self._change(request, "ready")
+        worker_id = self._worker(request)
+        self._driver.undrain(worker_id, BY_ADMIN)
+        return self._shown(worker_id)
 
-    def _change(self, request: web.Request, state: str) -> web.Response:
+    async def policy(self, request: web.Request) -> web.Response:
+        """`POST /admin/policy`: the body is the `policy` block of an experiment, as JSON. Requests
+        go on, those that are queued in the new policy's order."""
         self._operators.require_admin(request.headers)
-        replica = self._replica(request.match_info["worker"])
-        if replica.state not in ("ready", "draining"):
-            raise ApiError(409, f"{replica.id} is {replica.state}: it takes no requests yet")
-        self._driver.report(ReplicaChanged(self._driver.now_s(), replica.id, state))
-        return web.json_response(worker_state(replica, self._driver.now_s()))
+        try:
+            spec = json.loads(await request.text())
+            if not isinstance(spec, dict) or "class" in spec:
+                # Code comes from the operator's file only, never over the network.
+                raise PolicySpecError('the body is not {"name": POLICY, PARAMETER: VALUE, ...}')
+            self._driver.change(self._watch.core.limits, spec)
+        except (ValueError, PolicySpecError) as error:
+            raise ApiError(400, f"policy: {error}") from None
+        return web.json_response({"policy": type(self._watch.core.policy).__name__})
 
-    def _replica(self, worker: str) -> Replica:
-        for replica in self._watch.replicas:
-            if replica.id == worker:
-                return replica
-        known = ", ".join(replica.id for replica in self._watch.replicas)
-        raise ApiError(404, f"no worker {worker!r}; there are: {known}")
+    def _worker(self, request: web.Request) -> str:
+        self._operators.require_admin(request.headers)
+        worker_id = request.match_info["worker"]
+        if worker_id not in self._driver.workers:
+            known = ", ".join(self._driver.workers)
+            raise ApiError(404, f"no worker {worker_id!r}; there are: {known}")
+        return worker_id
+
+    def _shown(self, worker_id: str) -> web.Response:
+        replica = self._watch.core.view.replica(worker_id)
+        return web.json_response(worker_state(replica, self._driver.now_s()))
 
 
 def worker_state(replica: Replica, now_s: float) -> dict[str, Any]:
@@ -121,6 +140,8 @@ def worker_state(replica: Replica, now_s: float) -> dict[str, Any]:
             "running": replica.running if known else None,
             "waiting": replica.waiting if known else None,
             "kv_usage": replica.kv_usage if known else None,
+            "power_w": replica.power_w,
+            "temperature_c": replica.temperature_c,
         },
     }
 

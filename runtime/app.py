@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from importlib import metadata
+from typing import cast
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -15,10 +16,12 @@ from policies.interface import Policy
 from runtime.access import Client, Keys
 from runtime.admin import Admin, Operators
 from runtime.dashboard import Dashboard
-from runtime.driver import Driver, Journal
+from runtime.driver import Driver, Journal, Launcher
+from runtime.errors import openai_errors
 from runtime.http_worker import HttpWorker
-from runtime.proxy import GENERATING, Limits, Proxy, openai_errors
+from runtime.proxy import GENERATING, Limits, Proxy
 from runtime.proxy_metrics import ProxyMetrics, Watch, WatchedDriver, asked_model
+from runtime.tokens import TokenCount
 
 DRIVER = web.AppKey("DRIVER", Driver)
 
@@ -39,9 +42,11 @@ def make_app(
     admin_sha256: str | None = None,
     scrape_s: float | None = 1.0,
     journal: Journal | None = None,
+    launcher: Launcher | None = None,
+    token_count: TokenCount | None = None,
     passed_on: Sequence[str] = ("/tokenize", "/detokenize"),
 ) -> web.Application:
-    """The proxy in front of running workers.
+    """The proxy in front of `workers` that serve; `app[DRIVER].add` brings others.
 
     In place of a policy, a core may be given that has handled nothing yet; `seed` and
     `core_limits` are its own then. `admin_sha256` is the digest of the key for `/admin/*`.
@@ -51,7 +56,7 @@ def make_app(
     if isinstance(core, Policy):
         core = SchedulerCore(core, seed, core_limits)
     watch = Watch(core, journal)
-    driver = WatchedDriver(core, workers, watch, scrape_s=scrape_s)
+    driver = WatchedDriver(core, workers, watch, scrape_s=scrape_s, launcher=launcher)
     keys = Keys(clients)
     app = web.Application(
         client_max_size=limits.max_body_bytes,
@@ -62,12 +67,13 @@ def make_app(
     async def serving(_: web.Application) -> AsyncIterator[None]:
         async with driver:
             yield
-        for worker in workers:
+        for worker in http_workers.values():
             worker.close()
 
     app.cleanup_ctx.append(serving)
-    by_id: Mapping[str, HttpWorker] = {worker.id: worker for worker in workers}
-    _route_api(app, Proxy(driver, dict(by_id), keys, limits), passed_on)
+    # Whatever is added to this driver later is an HttpWorker too.
+    http_workers = cast(Mapping[str, HttpWorker], driver.workers)
+    _route_api(app, Proxy(driver, http_workers, keys, limits, token_count), passed_on)
     _route_rest(app, driver, watch, Operators(keys, admin_sha256), admin_sha256 is not None)
     return app
 
@@ -109,6 +115,7 @@ def _route_rest(
         app.router.add_get("/admin/state", admin.state)
         app.router.add_post("/admin/drain/{worker}", admin.drain)
         app.router.add_post("/admin/undrain/{worker}", admin.undrain)
+        app.router.add_post("/admin/policy", admin.policy)
 
 
 def _counting(watch: Watch, passed_on: frozenset[str]) -> Middleware:

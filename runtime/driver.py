@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from policies.interface import (
     Action,
     Arrived,
     Cancelled,
+    ConfigChanged,
     Dispatch,
     Event,
     Failed,
@@ -35,6 +36,7 @@ from policies.interface import (
     Gauges,
     Launch,
     LaunchFailed,
+    Limits,
     Preempt,
     ReplicaChanged,
     RequestView,
@@ -43,6 +45,7 @@ from policies.interface import (
     StepCosts,
     Tick,
 )
+from policies.registry import make_policy
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,10 @@ class WorkerRefused(WorkerError):  # noqa: N818 - the family is WorkerDown, Work
     """The worker refused the request itself, as any other would: not retried, not blamed."""
 
 
+class WorkerBusy(WorkerError):  # noqa: N818
+    """The worker is sound and full: the request is tried elsewhere, and the worker not blamed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What a worker's metrics say at one moment; the fields of `Gauges`."""
@@ -64,6 +71,8 @@ class Reading:
     running: int
     waiting: int
     kv_usage: float
+    power_w: float | None = None
+    temperature_c: float | None = None
 
 
 class Worker(Protocol):
@@ -100,6 +109,17 @@ class GaugedWorker(Worker, Protocol):
 
     async def gauges(self) -> Reading:
         """Read them. Raises WorkerError."""
+
+
+class Launcher(Protocol):
+    """Starts workers that the policy wants, and ends those that it retires."""
+
+    async def launch(self, action: Launch) -> Worker:
+        """A worker of that id that serves. Raises WorkerError; leaves nothing behind then, nor
+        when cancelled."""
+
+    async def end(self, worker_id: str) -> None:
+        """End the worker's processes, if they are ours: its devices are free afterwards."""
 
 
 class Journal(Protocol):
@@ -178,9 +198,10 @@ class Job:
 class Driver:
     """Runs one core against real workers; use it as an async context manager.
 
-    `core` must not have handled an event yet. `clock` gives monotonic seconds, by default the
-    loop's; deadlines of requests are on it. `scrape_s` is the time between two readings of a
-    worker's gauges, None for no readings.
+    `core` must not have handled an event yet. `workers` take requests from the beginning; `add`
+    brings others. Without a `launcher` no `Launch` of the policy succeeds. `clock` gives
+    monotonic seconds, by default the loop's; deadlines of requests are on it. `scrape_s` is the
+    time between two readings of a worker's gauges, None for no readings.
 
     When the policy or the journal fails, every waiting `submit` raises that error, and so does
     the end of the context: a core that raised has no defined state to go on from.
@@ -194,9 +215,16 @@ class Driver:
         journal: Journal | None = None,
         scrape_s: float | None = None,
         clock: Callable[[], float] | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         self.core = core
-        self._workers = {worker.id: worker for worker in workers}
+        self._workers: dict[str, Worker] = {}
+        self._first_workers = tuple(workers)
+        self._launcher = launcher
+        self._launches: dict[str, asyncio.Task[Worker]] = {}
+        self._ends: set[asyncio.Task[None]] = set()
+        self._drained: dict[str, set[str]] = {}
+        self._down: set[str] = set()
         self._journal = journal
         self._scrape_s = scrape_s
         self._clock = clock
@@ -215,12 +243,8 @@ class Driver:
         self._loop = asyncio.get_running_loop()
         self._clock = self._clock or self._loop.time
         self._open = True
-        for worker in self._workers.values():
-            self.report(_ready(worker, self.now_s()))
-            if self._scrape_s is not None and isinstance(worker, GaugedWorker):
-                task = self._loop.create_task(self._scrape(worker, self._scrape_s))
-                task.add_done_callback(partial(self._scraper_ended, worker.id))
-                self._scrapers[worker.id] = task
+        for worker in self._first_workers:
+            self.add(worker)
         return self
 
     async def __aexit__(
@@ -233,14 +257,14 @@ class Driver:
         self._open = False
         self._dismiss_clients()
         self._stop_timer()
-        for scraper in self._scrapers.values():
-            scraper.cancel()
+        for task in (*self._scrapers.values(), *self._launches.values()):
+            task.cancel()
         while tasks := self._tasks():
             await asyncio.wait(tasks)
         if self._error is not None and error is None:
             raise self._error
 
-    # -- for clients and operators --
+    # -- for clients --
 
     def now_s(self) -> float:
         """The time on the driver's clock."""
@@ -276,11 +300,83 @@ class Driver:
                 self._client_left(request.id)
             raise
 
-    def report(self, event: Event) -> None:
-        """Handle an event: ask the core, journal, perform. Events raised meanwhile follow.
+    # -- for operators --
 
-        Operators report `ConfigChanged` and `ReplicaChanged` here.
+    @property
+    def workers(self) -> Mapping[str, Worker]:
+        """Those that the driver knows, by id, ready or not; it changes as they come and go."""
+        return self._workers
+
+    def add(self, worker: Worker, *, is_up: bool = True) -> None:
+        """Take a worker in; one that is not up yet gets requests after `set_up`.
+
+        Raises ValueError when a worker of that id is there.
         """
+        if worker.id in self._workers:
+            raise ValueError(f"worker {worker.id!r} is there already")
+        self._workers[worker.id] = worker
+        if not is_up:
+            self._down.add(worker.id)
+        self.report(_described(worker, self._state(worker.id), self.now_s()))
+        if self._scrape_s is not None and isinstance(worker, GaugedWorker):
+            task = self._loop.create_task(self._scrape(worker, self._scrape_s))
+            task.add_done_callback(partial(self._scraper_ended, worker.id))
+            self._scrapers[worker.id] = task
+
+    def set_up(self, worker_id: str, is_up: bool) -> None:
+        """Whether the worker's process can serve. One that cannot gets no requests; those that
+        it has end when their connections do."""
+        if worker_id not in self._workers or is_up is (worker_id not in self._down):
+            return
+        (self._down.discard if is_up else self._down.add)(worker_id)
+        self._report_state(worker_id)
+
+    def drain(self, worker_id: str, why: str) -> None:
+        """Give the worker no more requests until `undrain` for the same reason."""
+        self._drained.setdefault(worker_id, set()).add(why)
+        self._report_state(worker_id)
+
+    def undrain(self, worker_id: str, why: str) -> None:
+        """Give it requests again, unless there is another reason not to."""
+        reasons = self._drained.get(worker_id, set())
+        reasons.discard(why)
+        if not reasons:
+            self._drained.pop(worker_id, None)
+        self._report_state(worker_id)
+
+    def retire(self, worker_id: str) -> None:
+        """Let the worker finish what it has, then end it; as the policy's `Retire`."""
+        if worker_id in self._workers:
+            self.drain(worker_id, "retired")
+            self._retiring.add(worker_id)
+            self._let_go_if_idle(worker_id)
+
+    def change(self, limits: Limits, policy: dict[str, Any] | None = None) -> None:
+        """Go on with other limits, and another policy if one is given, as in an experiment.
+
+        Raises PolicySpecError when there is no such policy: nothing has changed then.
+        """
+        if policy is not None:
+            make_policy(policy, self.core.folder)
+        # The policy so far may not have wanted to know whose first byte has been shown.
+        for job in list(self._attempts.values()):
+            if job.shown and not self.core.wants_first_token:
+                self.report(FirstToken(self.now_s(), job.request.id, job.attempt))
+        self.report(ConfigChanged(self.now_s(), limits, policy))
+
+    def _report_state(self, worker_id: str) -> None:
+        if worker_id in self._workers and worker_id not in self._retiring:
+            self.report(ReplicaChanged(self.now_s(), worker_id, self._state(worker_id)))
+
+    def _state(self, worker_id: str) -> str:
+        if worker_id in self._drained or worker_id in self._retiring:
+            return "draining"
+        return "starting" if worker_id in self._down else "ready"
+
+    # -- events in, actions out --
+
+    def report(self, event: Event) -> None:
+        """Handle an event: ask the core, journal, perform. Events raised meanwhile follow."""
         if self._error is not None:
             return
         self._events.append(event)
@@ -295,8 +391,6 @@ class Driver:
         finally:
             self._handling = False
         self._arm_timer()
-
-    # -- events in, actions out --
 
     def _handle(self, event: Event) -> None:
         actions = self.core.handle(event)
@@ -319,11 +413,34 @@ class Driver:
     def _preempt(self, action: Preempt) -> None:
         self._attempts[action.request_id].abort()
 
+    # -- workers that come and go --
+
     def _launch(self, action: Launch) -> None:
-        reason = "this driver starts no workers"
-        self.report(LaunchFailed(self.now_s(), action.replica_id, reason))
+        if self._launcher is None:
+            reason = "this driver starts no workers"
+            self.report(LaunchFailed(self.now_s(), action.replica_id, reason))
+            return
+        task = self._loop.create_task(self._launcher.launch(action))
+        self._launches[action.replica_id] = task
+        task.add_done_callback(partial(self._launch_ended, action.replica_id))
+
+    def _launch_ended(self, worker_id: str, task: asyncio.Task[Worker]) -> None:
+        del self._launches[worker_id]
+        error = None if task.cancelled() else task.exception()
+        if not task.cancelled() and error is None:
+            self.add(task.result())
+            if worker_id in self._retiring:
+                self._let_go_if_idle(worker_id)
+            return
+        self._retiring.discard(worker_id)
+        if error is not None and not isinstance(error, WorkerError):
+            log.error("launching %s", worker_id, exc_info=error)
+        reason = str(error) if error is not None else "called off"
+        self.report(LaunchFailed(self.now_s(), worker_id, reason))
 
     def _retire(self, action: Retire) -> None:
+        if action.replica_id in self._launches:
+            self._launches[action.replica_id].cancel()
         self._retiring.add(action.replica_id)
         self._let_go_if_idle(action.replica_id)
 
@@ -332,10 +449,27 @@ class Driver:
         busy = any(attempt.worker_id == worker_id for attempt in self._attempts.values())
         if busy or worker_id not in self._workers:
             return
-        self._retiring.discard(worker_id)
         del self._workers[worker_id]
         if worker_id in self._scrapers:
             self._scrapers[worker_id].cancel()
+        if self._launcher is None:
+            self._gone(worker_id)
+            return
+        task = self._loop.create_task(self._launcher.end(worker_id))
+        self._ends.add(task)
+        task.add_done_callback(partial(self._worker_ended, worker_id))
+
+    def _worker_ended(self, worker_id: str, task: asyncio.Task[None]) -> None:
+        self._ends.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("ending %s", worker_id, exc_info=task.exception())
+        self._gone(worker_id)
+
+    def _gone(self, worker_id: str) -> None:
+        """Only now are its devices free."""
+        self._retiring.discard(worker_id)
+        self._drained.pop(worker_id, None)
+        self._down.discard(worker_id)
         self.report(ReplicaChanged(self.now_s(), worker_id, "gone"))
 
     # -- attempts --
@@ -365,12 +499,12 @@ class Driver:
         if not isinstance(error, WorkerError):
             # Our own bug, or the client's: it costs this request only, and is never silent.
             log.error("attempt %d of %s", job.attempt, job.request.id, exc_info=error)
-        blamed = isinstance(error, WorkerError) and not isinstance(error, WorkerRefused)
+        elsewhere = isinstance(error, WorkerError) and not isinstance(error, WorkerRefused)
         return Failed(
             *subject,
             reason=str(error) or type(error).__name__,
-            retryable=blamed and not job.shown,
-            worker_fault=blamed,
+            retryable=elsewhere and not job.shown,
+            worker_fault=elsewhere and not isinstance(error, WorkerBusy),
         )
 
     # -- clients --
@@ -441,6 +575,8 @@ class Driver:
                 running=reading.running,
                 waiting=reading.waiting,
                 kv_usage=reading.kv_usage,
+                power_w=reading.power_w,
+                temperature_c=reading.temperature_c,
             )
         )
 
@@ -453,7 +589,8 @@ class Driver:
 
     def _tasks(self) -> list[asyncio.Task[Any]]:
         """Everything this driver started whose end it has not yet dealt with."""
-        return [*(attempt.task for attempt in self._attempts.values()), *self._scrapers.values()]
+        attempts = (attempt.task for attempt in self._attempts.values())
+        return [*attempts, *self._scrapers.values(), *self._launches.values(), *self._ends]
 
     def _fail(self, error: Exception) -> None:
         """The core cannot go on: everybody who waits learns why, and workers are freed."""
@@ -470,11 +607,11 @@ class Driver:
             task.cancel()
 
 
-def _ready(worker: Worker, now_s: float) -> ReplicaChanged:
+def _described(worker: Worker, state: str, now_s: float) -> ReplicaChanged:
     return ReplicaChanged(
         now_s,
         worker.id,
-        "ready",
+        state,
         model=worker.model,
         devices=worker.devices,
         max_num_seqs=worker.max_num_seqs,

@@ -6,25 +6,27 @@ import asyncio
 from urllib.parse import urlsplit
 
 from policies.interface import StepCosts
+from runtime.adapters import VLLM, Adapter, error_of
 from runtime.driver import Job, Reading, WorkerError
-from runtime.exchange import Exchange, Reply
+from runtime.exchange import Exchange
 from runtime.http1 import Head, ProtocolError, payload
-from runtime.metrics_text import read_gauges
+from runtime.reply import Reply
 from runtime.upstream import Connection, Pool, UpstreamError
 from viisim.errors import InputError
 
 PROBE_S = 3.0
-"""How long `/health` and `/metrics` may take."""
+"""How long a look at health, models or metrics may take."""
 MAX_COLLECTED_BYTES = 1 << 26
 
 
 class HttpWorker:
-    """A vLLM server, or anything that speaks its API, at a URL.
+    """A server of the adapter's kind at a URL.
 
     `forwards_priority`: the engine schedules by priority, so it is told what the policy wants. One
     that does not (vLLM's default, fcfs) answers 400 to any priority, and is told none. A worker
     that says nothing for `silence_s` has failed; mind that a request which is not streamed shows
-    nothing before its end. Raises InputError for a URL that is no server's address.
+    nothing before its end. Raises InputError for a URL that is no server's address, and for
+    priorities to a kind of server that knows none.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class HttpWorker:
         model: str,
         url: str,
         *,
+        adapter: Adapter = VLLM,
         devices: tuple[str, ...] = (),
         max_num_seqs: int = 0,
         kv_blocks: int = 0,
@@ -44,11 +47,16 @@ class HttpWorker:
         self.id = id
         self.model = model
         self.url = url
+        self.adapter = adapter
         self.devices = devices
         self.max_num_seqs = max_num_seqs
         self.kv_blocks = kv_blocks
         self.block_tokens = block_tokens
         self.step_costs = step_costs
+        if forwards_priority and not adapter.takes_priority:
+            raise InputError(
+                f"{id}: engine.scheduling_policy: {adapter.title} knows no priorities; write fcfs"
+            )
         self._forwards_priority = forwards_priority
         host, port, tls = _address(id, url)
         self._pool = Pool(host, port, tls=tls, silence_s=silence_s)
@@ -95,19 +103,29 @@ class HttpWorker:
         return collected.status, {"Content-Type": collected.content_type}, collected.content()
 
     async def gauges(self) -> Reading:
-        """See `runtime.driver.GaugedWorker`."""
-        status, text = await self.get("/metrics")
-        if status != 200:
-            raise WorkerError(f"/metrics answered {status}")
-        return read_gauges(text)
+        """See `runtime.driver.GaugedWorker`. Of a server that tells none they stay infinitely old:
+        0 would be taken for a worker without work."""
+        if self.adapter.gauges is None:
+            raise WorkerError(f"{self.adapter.title} tells no gauges")
+        return self.adapter.read(await self._content("/metrics"))
+
+    async def models(self) -> list[str]:
+        """The names of what it serves. Raises WorkerError."""
+        return self.adapter.models(await self._content(self.adapter.models_path))
 
     async def is_healthy(self) -> bool:
-        """Whether `/health` says so."""
+        """Whether it takes requests: up, and its model loaded."""
         try:
-            status, _ = await self.get("/health")
+            await self._content(self.adapter.health_path)
         except WorkerError:
             return False
-        return status == 200
+        return True
+
+    async def _content(self, path: str) -> bytes:
+        status, content = await self.get(path)
+        if status != 200:
+            raise WorkerError(f"{path} answered {status}: {error_of(content)[1]}")
+        return content
 
     def close(self) -> None:
         """Drop the idle connections."""

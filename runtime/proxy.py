@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -17,9 +17,11 @@ from aiohttp.http import HttpVersion11
 from policies.interface import RequestView, Shed
 from runtime.access import Client, Keys, NoAccess
 from runtime.driver import Answer, Driver
+from runtime.errors import ApiError, error_response
 from runtime.exchange import HOP_BY_HOP, Exchange
 from runtime.http_worker import HttpWorker
-from runtime.tokens import PREFIX_BLOCK_BYTES, Prompt, TokenEstimate, output_tokens, read_prompt
+from runtime.tokens import Prompt, TokenCount, TokenEstimate, output_tokens, read_prompt
+from runtime.waits import Waits
 
 log = logging.getLogger(__name__)
 
@@ -40,19 +42,8 @@ STATUS_OF_REASON = {
 NO_WORKER = "no worker that serves the model is ready"
 NO_WORKER_WAIT_S = 30.0
 MAX_PRIORITY = 2**31 - 1
-LOOK_S = 1.0
-"""How often it is looked whether requests wait for workers that are all gone."""
 
 _JSON = json.JSONDecoder(parse_constant=lambda name: _no_number(name))
-
-
-class ApiError(Exception):
-    """Becomes an OpenAI error answer."""
-
-    def __init__(self, status: int, message: str, **headers: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 @dataclass(slots=True)
@@ -72,7 +63,7 @@ class Proxy:
     """Handlers of the OpenAI endpoints."""
 
     def __init__(
-        self, driver: Driver, workers: dict[str, HttpWorker], keys: Keys, limits: Limits
+        self, driver: Driver, workers: Mapping[str, HttpWorker], keys: Keys, limits: Limits, token_count: TokenCount | None = None
     ) -> None:
         self._driver = driver
         self._workers = workers
@@ -80,7 +71,7 @@ class Proxy:
         self._limits = limits
         self._numbers = count(1)
         self._id_prefix = f"viisim-{secrets.token_hex(4)}"
-        self._estimate = TokenEstimate()
+        self._token_count = token_count or TokenEstimate()
         self._waits = Waits(self._is_ready, self._no_worker_wait_s)
 
     # -- endpoints --
@@ -111,7 +102,7 @@ class Proxy:
         if isinstance(answer, Shed):
             return self._refusal(answer, exchange, view.model)
         if exchange.prompt_tokens:
-            self._estimate.observe(prompt, exchange.prompt_tokens)
+            self._token_count.observe(prompt, exchange.prompt_tokens)
         return exchange.response()
 
     async def models(self, request: web.Request) -> web.Response:
@@ -181,11 +172,12 @@ class Proxy:
             priority = client.priority(_priority(request, fields))
         except ValueError as error:
             raise ApiError(400, str(error)) from None
+        tokens = self._token_count.tokens(prompt)
         view = RequestView(
             self._unused(request_id),
             model,
             0.0,
-            self._estimate.tokens(prompt),
+            tokens,
             most,
             streamed,
             priority,
@@ -193,7 +185,7 @@ class Proxy:
             client.traffic_class,
             None,
             prompt.blocks(),
-            PREFIX_BLOCK_BYTES,
+            prompt.block_tokens(tokens),
         )
         return view, prompt
 
@@ -224,7 +216,7 @@ class Proxy:
             self._waits.end(wait)
 
     def _is_ready(self, model: str) -> bool:
-        return bool(self._driver.core._view.ready(model))
+        return bool(self._driver.core.view.ready(model))
 
     def _no_worker_wait_s(self) -> float:
         chosen = self._limits.no_worker_wait_s
@@ -251,72 +243,6 @@ class Proxy:
         if exchange.busy is not None:
             raise ApiError(exchange.busy.status, message, Retry_After=exchange.busy.retry_after)
         raise ApiError(502, message)
-
-
-@dataclass(eq=False, slots=True)
-class Wait:
-    """A request in the driver."""
-
-    model: str
-    exchange: Exchange
-    task: asyncio.Task[Any]
-    since_s: float
-    is_in_vain: bool = False
-    """It was cancelled by us."""
-
-
-class Waits:
-    """Ends the wait of requests whose model has no ready worker.
-
-    The core holds a request until a worker takes it, and cannot know that none will come back.
-    `is_ready` says whether a model has a worker that takes requests, `most_s` how long may be
-    waited for one.
-    """
-
-    def __init__(self, is_ready: Callable[[str], bool], most_s: Callable[[], float]) -> None:
-        self._is_ready = is_ready
-        self._most_s = most_s
-        self._waits: dict[Wait, None] = {}
-        self._unready_since_s: dict[str, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    def begin(self, model: str, exchange: Exchange) -> Wait:
-        """The current task is cancelled if it waits in vain, until `end`."""
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        assert task is not None, "called by a handler"
-        wait = Wait(model, exchange, task, loop.time())
-        self._waits[wait] = None
-        if self._timer is None:
-            self._arm(loop)
-        return wait
-
-    def end(self, wait: Wait) -> None:
-        """The request has left the driver."""
-        del self._waits[wait]
-
-    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
-        every_s = min(LOOK_S, self._most_s() / 4)
-        self._timer = loop.call_later(every_s, self._look, loop)
-
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = None
-        if not self._waits:
-            self._unready_since_s.clear()
-            return
-        now_s, most_s = loop.time(), self._most_s()
-        for model in {wait.model for wait in self._waits}:
-            if self._is_ready(model):
-                self._unready_since_s.pop(model, None)
-            else:
-                self._unready_since_s.setdefault(model, now_s)
-        for wait in self._waits:
-            since_s = max(wait.since_s, self._unready_since_s.get(wait.model, now_s))
-            due = now_s >= since_s + most_s and not wait.is_in_vain
-            if due and wait.exchange.is_waiting:
-                wait.is_in_vain = True
-                wait.task.cancel()
-        self._arm(loop)
 
 
 # --------------------------------------------------------------------------------------
@@ -384,56 +310,3 @@ def _worker_head(request: web.Request, request_id: str) -> bytes:
             dropped = dropped | {option.strip() for option in value.lower().split(b",")}
     lines = [b"%s: %s" % pair for pair in headers if pair[0] not in dropped]
     return b"\r\n".join((line, *lines, b"x-request-id: %s" % request_id.encode(), b""))
-
-
-# --------------------------------------------------------------------------------------
-# Errors
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    408: "timeout_error",
-    413: "invalid_request_error",
-    429: "rate_limit_error",
-    431: "invalid_request_error",
-}
-
-
-def error_body(status: int, message: str) -> bytes:
-    """An error as the OpenAI API words it."""
-    kind = _TYPES.get(status, "server_error")
-    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
-    return json.dumps(body).encode()
-
-
-def error_response(
-    status: int, message: str, headers: dict[str, str] | None = None
-) -> web.Response:
-    """An error as the OpenAI API words it, as an answer."""
-    body = error_body(status, message)
-    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
-
-
-@web.middleware
-async def openai_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error as OpenAI error JSON, ours in the log and without a traceback outside."""
-    try:
-        return await handler(request)
-    except (ApiError, NoAccess) as error:
-        return error_response(error.status, str(error), error.headers)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-        message = f"{request.method} {request.path[:200]}: {error.reason}"
-        return error_response(error.status, message, allowed)
-    except ConnectionError:
-        raise
-    except Exception:
-        log.exception("%s %s", request.method, request.path)
-        return error_response(500, "internal error")

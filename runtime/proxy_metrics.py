@@ -39,7 +39,7 @@ from policies.interface import (
     Shed,
 )
 from policies.state import Lane, Replica
-from runtime.driver import Answer, Driver, Job, Journal, Worker
+from runtime.driver import Answer, Driver, Job, Journal, Launcher, Worker
 
 DECISIONS_KEPT = 20
 ENDS_KEPT = 20_000
@@ -183,12 +183,12 @@ class Watch:
     @property
     def replicas(self) -> tuple[Replica, ...]:
         """All replicas, ordered by id."""
-        return self.core._view.replicas
+        return self.core.view.replicas
 
     @property
     def lanes(self) -> Iterable[Lane]:
         """The lanes of the central queue that hold requests."""
-        return self.core._lanes.values()
+        return self.core.lanes.values()
 
     def is_ready(self) -> bool:
         """Whether some worker takes requests."""
@@ -309,8 +309,8 @@ class Watch:
         inside = self._inside[request_id]
         request = inside.request
         inside.worker = worker
-        ready: Iterable[Replica] = self.core._view.ready(request.model)
-        chosen = self.core._view.replica(worker)
+        ready: Iterable[Replica] = self.core.view.ready(request.model)
+        chosen = self.core.view.replica(worker)
         if chosen.probing:  # tried again after failures, with one request: it takes no more
             ready = (*ready, chosen)
         if inside.failed_on:
@@ -342,8 +342,9 @@ class WatchedDriver(Driver):
         watch: Watch,
         *,
         scrape_s: float | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
-        super().__init__(core, workers, journal=watch, scrape_s=scrape_s)
+        super().__init__(core, workers, journal=watch, scrape_s=scrape_s, launcher=launcher)
         self._watch = watch
 
     async def submit(self, request: RequestView, client: Any = None) -> Answer:

@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
-from runtime.proxy import error_body, error_response
+from runtime.errors import error_body, error_response
 from viisim.errors import InputError
 
 log = logging.getLogger(__name__)

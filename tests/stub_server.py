@@ -21,9 +21,10 @@ from policies.interface import Limits as CoreLimits
 from policies.least_loaded import LeastLoaded
 from runtime.access import Client, Keys
 from runtime.driver import Driver
+from runtime.errors import openai_errors
 from runtime.http1 import chunk, payload
 from runtime.http_worker import HttpWorker
-from runtime.proxy import GENERATING, Limits, Proxy, openai_errors
+from runtime.proxy import GENERATING, Limits, Proxy
 from runtime.serve import listening
 
 LIMIT_S = 20.0

@@ -156,6 +156,44 @@ class TestRequests:
         assert KEY not in str(stub.requests)
 
 
+class TestRate:
+    def test_a_burst_passes_and_then_the_rate_holds(self):
+        now_s = 0.0
+        keys = Keys([], clock=lambda: now_s)
+        client = Client(digest(KEY), rate_per_s=2.0, burst=3)
+        passed = []
+        for step in range(9):  # four requests a second
+            now_s = step / 4
+            try:
+                with keys.admitted(client):
+                    passed.append(now_s)
+            except NoAccess:
+                continue
+        assert passed == [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
+
+    def test_a_refused_request_learns_when_to_come_again(self):
+        keys = Keys([], clock=lambda: 0.0)
+        client = Client(digest(KEY), rate_per_s=0.2, burst=1)
+        with keys.admitted(client):
+            pass
+        with pytest.raises(NoAccess, match="rate") as refused, keys.admitted(client):
+            pass
+        assert (refused.value.status, refused.value.headers) == (429, {"Retry-After": "5"})
+
+    def test_a_refused_request_counts_for_nothing(self):
+        now_s = 0.0
+        keys = Keys([], clock=lambda: now_s)
+        client = Client(digest(KEY), rate_per_s=1.0, burst=1)
+        with keys.admitted(client):
+            pass
+        for _ in range(5):
+            with pytest.raises(NoAccess), keys.admitted(client):
+                pass
+        now_s = 1.0
+        with keys.admitted(client):
+            assert keys.inside == 0
+
+
 class TestLogs:
     @pytest.mark.parametrize(
         "request_",

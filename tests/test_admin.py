@@ -9,7 +9,7 @@ import pytest
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient, TestServer
 
-from policies.interface import ReplicaChanged
+from policies.interface import ConfigChanged, ReplicaChanged
 from policies.least_loaded import LeastLoaded
 from runtime.access import Client
 from runtime.app import make_app
@@ -87,6 +87,35 @@ class TestState:
 
 
 class TestDraining:
+    def test_the_policy_is_changed_under_way(self):
+        async def question(client: TestClient[Any, Any]) -> None:
+            asked = {"name": "power_of_two"}
+            response = await client.post("/admin/policy", json=asked, headers=bearer(ADMIN))
+            assert await response.json() == {"policy": "PowerOfTwo"}
+            state = await (await client.get("/admin/state", headers=bearer(ADMIN))).json()
+            assert state["policy"] == "PowerOfTwo"
+
+        asked(question)
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ({"name": "power_of_tow"}, "Did you mean"),
+            ({"class": "os:system"}, "the body is not"),
+            ([1], "the body is not"),
+        ],
+        ids=["misspelt", "code", "a list"],
+    )
+    def test_a_policy_that_cannot_be_had_changes_nothing(self, spec: Any, message: str):
+        async def question(client: TestClient[Any, Any]) -> None:
+            response = await client.post("/admin/policy", json=spec, headers=bearer(ADMIN))
+            status, said = await error_of(response)
+            assert (status, message in said) == (400, True)
+
+        journal = Journal()
+        asked(question, journal=journal)
+        assert ConfigChanged not in map(type, journal.events)
+
     def test_a_drained_worker_takes_nothing_until_it_is_undrained(self):
         async def question(client: TestClient[Any, Any]) -> None:
             for order, state in (("drain", "draining"), ("undrain", "ready")):

@@ -53,6 +53,13 @@ class Answers(Policy):
         return self._plan(queue, view)
 
 
+class EachTwoSeconds(Answers):
+    """Holds, and plans nothing, every two seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(tick_s=2.0)
+
+
 class Slots(Policy):
     """One request a replica; urgent ones (priority 0) displace others."""
 
@@ -388,6 +395,34 @@ def test_limits_change_while_running():
     core = core_with()
     core.handle(ConfigChanged(0.0, Limits(max_queued=0)))
     assert arrive(core) == [Shed("q", "queue_full")]
+
+
+def test_another_policy_orders_what_is_queued():
+    core = core_with(LeastLoaded())
+    for name, priority in (("a", 5), ("b", 1)):
+        arrive(core, name, priority=priority)
+    core.handle(ConfigChanged(1.0, core.limits, {"name": "hybrid"}))
+    sent = ready(core, "r0", 2.0, max_num_seqs=8, kv_blocks=1000)
+    assert [dispatch.request_id for dispatch in sent] == ["b", "a"]
+
+
+def test_another_policy_ranks_what_comes_back_to_the_queue():
+    core = core_with(LeastLoaded(), "r0", "r1")
+    arrive(core, "a", priority=5)
+    core.handle(ReplicaChanged(0.0, "r1", "starting"))
+    core.handle(ConfigChanged(1.0, core.limits, {"name": "hybrid"}))
+    assert fail(core, "a", now_s=2.0) == []
+    core.handle(ReplicaChanged(3.0, "r0", "draining"))
+    arrive(core, "b", now_s=3.0, priority=1)
+    sent = ready(core, "r1", 4.0, max_num_seqs=8, kv_blocks=1000)
+    assert [dispatch.request_id for dispatch in sent] == ["b", "a"]
+
+
+def test_the_new_policy_plans_at_its_own_times():
+    core = core_with(Answers(tick_s=5.0))
+    arrive(core)
+    core.handle(ConfigChanged(1.0, core.limits, {"class": f"{__name__}:EachTwoSeconds"}))
+    assert core.next_timer_s() == 3.0
 
 
 # -- plan --------------------------------------------------------------------------------------

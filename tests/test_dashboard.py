@@ -82,7 +82,14 @@ def after(*events: Any) -> Watch:
 class TestSnapshot:
     def test_gauges_are_shown_with_their_age(self):
         (worker,) = snapshot(after(Gauges(2.0, "r0", 1.5, 3, 1, 0.25)), 4.0)["workers"]
-        assert worker["gauges"] == {"age_s": 2.5, "running": 3, "waiting": 1, "kv_usage": 0.25}
+        assert worker["gauges"] == {
+            "age_s": 2.5,
+            "running": 3,
+            "waiting": 1,
+            "kv_usage": 0.25,
+            "power_w": None,
+            "temperature_c": None,
+        }
 
     def test_rates_count_from_the_start_at_first(self):
         watch = after(Arrived(1.0, request()), Finished(10.0, "q", 1, output_tokens=50))

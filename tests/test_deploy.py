@@ -20,8 +20,8 @@ from policies.interface import Arrived, Finished, ReplicaChanged
 from policies.journal import Segment
 from policies.testing import request
 from runtime.cluster import free_ports
+from runtime.rolling_journal import RollingJournal
 from tests.small_experiment import small_file
-from viisim.cli.deploy import RollingJournal
 from viisim.config import load_experiment
 from viisim.errors import InputError
 from viisim.journal import replay_journal

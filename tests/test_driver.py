@@ -38,9 +38,9 @@ from policies.interface import (
 )
 from policies.journal import Segment
 from policies.least_loaded import LeastLoaded
-from policies.registry import PolicySpec, policy_names
+from policies.registry import PolicySpec, PolicySpecError, policy_names
 from policies.testing import request
-from runtime.driver import CLOSING, Driver, WorkerError, WorkerRefused
+from runtime.driver import CLOSING, Driver, WorkerBusy, WorkerError, WorkerRefused
 from tests.fake_worker import FakeWorker, Pieces
 from viisim.journal import JournalWriter, replay_journal
 
@@ -84,6 +84,16 @@ class Planner(Policy):
         """The given actions, then nothing."""
         planned, self.actions = self.actions, []
         return planned
+
+
+class Starter(Planner):
+    """Plans `actions`, and sends requests to whatever is ready."""
+
+    def place(self, request: RequestView, view: ClusterView) -> Verdict:
+        """The first that is ready."""
+        for replica in view.ready(request.model):
+            return Dispatch(request.id, replica.id)
+        return Hold()
 
 
 class Hasty(Planner):
@@ -150,6 +160,29 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 def down(request: RequestView, attempt: int) -> Pieces:
     """A worker that is down."""
     return [WorkerError("down")]
+
+
+class FakeLauncher:
+    """Starts fake workers, or fails, or takes for ever."""
+
+    def __init__(self, error: WorkerError | None = None, *, hangs: bool = False) -> None:
+        self.error = error
+        self.hangs = hangs
+        self.begun = asyncio.Event()
+        self.ended: list[str] = []
+
+    async def launch(self, action: Launch) -> FakeWorker:
+        """See `runtime.driver.Launcher`."""
+        self.begun.set()
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.error is not None:
+            raise self.error
+        return FakeWorker(action.replica_id, devices=action.devices)
+
+    async def end(self, worker_id: str) -> None:
+        """See `runtime.driver.Launcher`."""
+        self.ended.append(worker_id)
 
 
 def driver(policy: Policy, *workers: FakeWorker, **options: Any) -> tuple[Driver, Memory]:
@@ -237,6 +270,18 @@ class TestAnswers:
 
 
 class TestFaults:
+    def test_a_busy_worker_is_not_blamed(self):
+        def busy(request: RequestView, attempt: int) -> Pieces:
+            return [WorkerBusy("full")]
+
+        async def scenario() -> None:
+            subject, memory = driver(LeastLoaded(), FakeWorker("r0", busy), FakeWorker("r1"))
+            async with subject:
+                assert isinstance(await subject.submit(request()), Finished)
+            assert [(e.retryable, e.worker_fault) for e in memory.of(Failed)] == [(True, False)]
+
+        run(scenario)
+
     def test_a_failed_request_is_retried_elsewhere(self):
         async def scenario() -> None:
             subject, memory = driver(LeastLoaded(), FakeWorker("r0", down), FakeWorker("r1"))
@@ -486,6 +531,34 @@ class TestTimers:
 
         run(scenario)
 
+    def test_another_policy_is_told_what_was_shown_before_it_came(self):
+        # An urgent request would take the running request's place, had its first byte not been shown.
+        async def scenario() -> None:
+            worker = FakeWorker("r0", max_num_seqs=1, piece_s=0.01, answers=lambda *_: (1,) * 20)
+            subject, memory = driver(LeastLoaded(), worker)
+            async with subject:
+                first = asyncio.create_task(subject.submit(request(id="a"), lambda _: None))
+                await worker.shown.wait()
+                subject.change(Limits(), {"class": f"{__name__}:ShownStays"})
+                second = asyncio.create_task(subject.submit(request(id="b", priority=-1)))
+                assert isinstance(await first, Finished)
+                assert isinstance(await second, Finished)
+            assert memory.of(FirstToken)[0].request_id == "a"
+            assert Preempt not in map(type, memory.actions)
+
+        run(scenario)
+
+    def test_a_policy_that_cannot_be_made_changes_nothing(self):
+        async def scenario() -> None:
+            subject, memory = driver(LeastLoaded(), FakeWorker("r0"))
+            async with subject:
+                with pytest.raises(PolicySpecError, match="least_loded"):
+                    subject.change(Limits(), {"name": "least_loded"})
+                assert isinstance(await subject.submit(request()), Finished)
+            assert memory.of(ConfigChanged) == []
+
+        run(scenario)
+
     def test_new_limits_hold_from_the_next_arrival(self):
         async def scenario() -> None:
             subject, _ = driver(LeastLoaded())
@@ -531,6 +604,81 @@ class TestCluster:
                 await memory.seen(LaunchFailed)
             await client
             assert [e.replica_id for e in memory.of(LaunchFailed)] == ["m-0"]
+
+        run(scenario)
+
+    def test_a_launched_worker_takes_requests_and_is_ended_when_retired(self):
+        async def scenario() -> None:
+            launcher = FakeLauncher()
+            subject, memory = driver(Starter(Launch("m", ("gpu0",))), launcher=launcher)
+            async with subject:
+                assert isinstance(await subject.submit(request()), Finished)
+                subject.retire("m-0")
+            assert launcher.ended == ["m-0"]
+            assert [e.state for e in memory.of(ReplicaChanged)] == ["ready", "draining", "gone"]
+
+        run(scenario)
+
+    def test_a_failed_launch_is_told_with_its_reason(self):
+        async def scenario() -> None:
+            launcher = FakeLauncher(WorkerError("no room"))
+            subject, memory = driver(Planner(Launch("m", ("gpu0",))), launcher=launcher)
+            async with subject:
+                client = asyncio.create_task(subject.submit(request()))
+                await memory.seen(LaunchFailed)
+            await client
+            assert [e.reason for e in memory.of(LaunchFailed)] == ["no room"]
+
+        run(scenario)
+
+    def test_a_launch_under_way_is_called_off_at_the_end(self):
+        async def scenario() -> None:
+            launcher = FakeLauncher(hangs=True)
+            subject, memory = driver(Planner(Launch("m", ("gpu0",))), launcher=launcher)
+            async with subject:
+                client = asyncio.create_task(subject.submit(request()))
+                await launcher.begun.wait()
+            await client
+            assert [e.reason for e in memory.of(LaunchFailed)] == ["called off"]
+
+        run(scenario)
+
+    def test_a_worker_that_is_down_takes_nothing_until_it_is_up(self):
+        async def scenario() -> None:
+            subject, memory = driver(LeastLoaded())
+            async with subject:
+                subject.add(FakeWorker("r0"), is_up=False)
+                client = asyncio.create_task(subject.submit(request()))
+                await memory.seen(Arrived)
+                assert memory.actions == []
+                subject.set_up("r0", True)
+                assert isinstance(await client, Finished)
+
+        run(scenario)
+
+    def test_a_drained_worker_stays_so_while_any_reason_holds(self):
+        async def scenario() -> None:
+            subject, _ = driver(LeastLoaded(), FakeWorker("r0"))
+            async with subject:
+                replica = subject.core.view.replica("r0")
+                subject.drain("r0", "hot")
+                subject.drain("r0", "admin")
+                subject.undrain("r0", "hot")
+                assert replica.state == "draining"
+                subject.set_up("r0", False)
+                subject.set_up("r0", True)
+                assert replica.state == "draining"
+                subject.undrain("r0", "admin")
+                assert replica.state == "ready"
+
+        run(scenario)
+
+    def test_an_id_is_taken_once(self):
+        async def scenario() -> None:
+            subject, _ = driver(LeastLoaded(), FakeWorker("r0"))
+            async with subject:
+                with pytest.raises(ValueError, match="'r0' is there already"):
+                    subject.add(FakeWorker("r0"))
 
         run(scenario)
 

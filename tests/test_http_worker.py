@@ -19,9 +19,9 @@ from policies.interface import (
     Verdict,
 )
 from runtime.driver import WorkerError
-from runtime.exchange import TAIL_PIECES
 from runtime.http1 import chunk, payload
 from runtime.http_worker import HttpWorker, with_priority
+from runtime.reply import TAIL_PIECES
 from tests.stub_server import (
     DEATH,
     DONE,
@@ -466,7 +466,7 @@ class TestSlowClients:
 
     def test_a_client_that_takes_nothing_any_more_loses_its_slot(self, monkeypatch):
         async def scenario() -> None:
-            monkeypatch.setattr("runtime.exchange.CLIENT_STALL_S", 0.05)
+            monkeypatch.setattr("runtime.reply.CLIENT_STALL_S", 0.05)
 
             async def for_ever(received: Received, wire: Wire) -> None:
                 await wire.send(STREAM_HEAD)

@@ -52,14 +52,20 @@ from viisim.workload.request import Request
 HEAD = Segment({"name": "power_of_two"}, seed=7)
 
 
+SPECS = st.none() | st.fixed_dictionaries({"name": st.text()}, optional={"threshold": st.floats()})
+"""Policies as an experiment names them."""
+
+
 def any_of(kind: type) -> st.SearchStrategy[Any]:
     """Instances of a dataclass with every field drawn, those with defaults too."""
     hints = get_type_hints(kind)
-    drawn = {
-        field.name: any_of(hint) if is_dataclass(hint := hints[field.name]) else st.from_type(hint)
-        for field in fields(kind)
-    }
-    return st.builds(kind, **drawn)
+
+    def drawn(name: str) -> st.SearchStrategy[Any]:
+        if name == "policy":
+            return SPECS
+        return any_of(hints[name]) if is_dataclass(hints[name]) else st.from_type(hints[name])
+
+    return st.builds(kind, **{field.name: drawn(field.name) for field in fields(kind)})
 
 
 any_event = st.one_of(*map(any_of, get_args(Event)))

@@ -118,8 +118,9 @@ async def client(driver: Driver, index: int) -> None:
             await driver.submit(view)
 
 
-async def served(policy: str, path: Path) -> list[EngineWorker]:
-    """Five hundred requests in about a second, journaled."""
+async def served(policy: str, path: Path, *later: str) -> list[EngineWorker]:
+    """Five hundred requests in about a second, journaled; in the end under the `later` policies,
+    each for twenty requests."""
     head = Segment(policy, seed=5, limits=LIMITS)
     core = head.make_core()
     workers = [EngineWorker(f"r{i}") for i in range(3)]
@@ -128,6 +129,9 @@ async def served(policy: str, path: Path) -> list[EngineWorker]:
         async with asyncio.timeout(LIMIT_S), driver, asyncio.TaskGroup() as clients:
             for index in range(REQUESTS):
                 clients.create_task(client(driver, index))
+                left, turn = divmod(REQUESTS - index, 20)
+                if not turn and left <= len(later):
+                    driver.change(LIMITS, {"name": later[-left]})
                 if index % 4 == 0:
                     await asyncio.sleep(0.005)
     assert core.queued_requests == core.inflight_requests == 0
@@ -144,6 +148,15 @@ def test_a_journal_of_faults_replays_with_zero_differences(policy: str, tmp_path
     report = replay_journal(path)
     assert str(report.difference) == "None"
     assert report.actions >= REQUESTS
+    assert [worker.inflight for worker in workers] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_policies_changed_under_load_replay_with_zero_differences(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    workers = asyncio.run(served("round_robin", path, *policy_names()))
+    assert str(replay_journal(path).difference) == "None"
+    assert path.read_text().count('"event":"ConfigChanged"') == len(policy_names())
     assert [worker.inflight for worker in workers] == [0, 0, 0]
 
 

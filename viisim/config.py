@@ -50,6 +50,7 @@ from viisim.profile import (
     profile_names,
 )
 from viisim.roofline import roofline_profile
+from viisim.worker_config import WorkerConfig
 from viisim.workload.config import (
     MixedWorkload,
     ServeGenWorkload,
@@ -183,22 +184,6 @@ class EngineConfig(Strict):
             return EngineSettings(**{**known, **self.model_dump(exclude_none=True)})
         except ValidationError as error:
             raise InputError(error.errors()[0]["msg"]) from None
-
-
-class WorkerConfig(Strict):
-    """What runs the replica when deployed."""
-
-    kind: Literal["simulated", "url", "vllm", "container"] = "simulated"
-    url: str | None = Field(default=None, pattern="^https?://")
-    """Where a running server listens; for kind `url` only."""
-
-    @model_validator(mode="after")
-    def _url_belongs_to_its_kind(self) -> Self:
-        if self.kind == "url" and self.url is None:
-            raise inside("url: required for kind 'url', but missing")
-        if self.kind != "url" and self.url is not None:
-            raise inside(f"url: a worker of kind {self.kind!r} has none; write kind: url")
-        return self
 
 
 class ReplicaConfig(Located):
@@ -439,6 +424,10 @@ class KeyConfig(Strict):
     """The most urgent that a request may state."""
     max_requests: Count | None = None
     """In the proxy at once, queued or running."""
+    rate_per_s: Positive | None = None
+    """Requests in the long run."""
+    burst: Count = 10
+    """Requests at once after a pause, before the rate holds."""
 
 
 class DeployConfig(Strict):
@@ -454,6 +443,19 @@ class DeployConfig(Strict):
     max_connections: Count = 4096
     head_timeout_s: Positive = 10.0
     """How long a client may take to send the head of a request."""
+    body_timeout_s: Positive = 60.0
+    """And its body."""
+    no_worker_wait_s: Positive | None = None
+    """How long a request waits while no worker of its model is ready; None: as long as in the
+    queue."""
+    tokenizer: str | None = None
+    """The model's tokenizer.json; None: prompt tokens are estimated from characters."""
+    drain_s: Positive = 60.0
+    """How long running requests may take to end after SIGTERM."""
+    power_cap_w: dict[int, Positive] = Field(default_factory=dict)
+    """Of cards, by their index. Restored when the deployment ends."""
+    max_temperature_c: Positive | None = None
+    """A card hotter than this gets no more requests until it has cooled by 10 degrees."""
     default_output_tokens: Count = 1024
     """Expected of a request that states no limit."""
     pass_on: tuple[str, ...] = Field(default=("/tokenize", "/detokenize"), strict=False)

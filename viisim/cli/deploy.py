@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_EVENTS_PER_LOOK = 256
-
 
 def deploy(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The experiment (YAML).")],
@@ -78,7 +76,13 @@ def deploy(
         app = make_app(
             core,
             workers,
-            limits=Limits(settings.max_body_bytes, settings.default_output_tokens),
+            limits=Limits(
+                settings.max_body_bytes,
+                settings.default_output_tokens,
+                settings.body_timeout_s,
+                settings.no_worker_wait_s,
+            ),
+            token_count=token_count,
             clients=[
                 Client(
                     key.sha256,
@@ -87,6 +91,8 @@ def deploy(
                     key.priority,
                     key.best_priority,
                     key.max_requests,
+                    key.rate_per_s,
+                    key.burst,
                 )
                 for key in settings.keys
             ],
@@ -116,85 +122,6 @@ def deploy(
             writer = RollingJournal(journal, head, core, journal_mib * 2**20, journal_files)
             stack.callback(writer.close)
         run(main(core, writer))
-
-
-class RollingJournal:
-    """The journal of a proxy: a folder of files that each replay alone, the oldest thrown away.
-
-    Files are numbered on from what the folder holds. Every line is handed to the system at once,
-    so that a killed proxy loses none. A file that cannot be written, on a full disk say, ends
-    the journal and not the service: it is logged, and what was written stays replayable.
-
-    Raises InputError when the folder cannot be written, PolicyError when the policy cannot be
-    pickled for a checkpoint.
-    """
-
-    def __init__(
-        self, folder: Path, head: Segment, core: SchedulerCore, file_bytes: int, files: int
-    ) -> None:
-        from policies.journal import checkpoint
-
-        self._folder = folder
-        self._head = head
-        self._core = core
-        self._file_bytes = file_bytes
-        self._files = files
-        self._events = 0
-        checkpoint(core)  # not hours later, when the first file is full
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--journal {folder}: {error.strerror}; give a folder") from error
-        numbers = (int(path.stem.rpartition("-")[2]) for path in self.paths())
-        self._number = max(numbers, default=0)
-        self._writer: JournalWriter | None = self._next_file(head)
-
-    def paths(self) -> list[Path]:
-        """The journal's files, oldest first."""
-        return sorted(self._folder.glob("journal-[0-9][0-9][0-9][0-9][0-9][0-9].jsonl"))
-
-    def record(self, event: Event, actions: Sequence[Action]) -> None:
-        """See `runtime.driver.Journal`."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.record(event, actions)
-            self._events += 1
-            # The size is looked up now and then only: it costs a system call.
-            if self._events % _EVENTS_PER_LOOK == 0 and self._is_full(self._writer):
-                self._roll(self._writer)
-        except (InputError, OSError) as error:
-            log.error("the journal ends here: %s", error)
-            with suppress(InputError):
-                self.close()
-
-    def close(self) -> None:
-        """Record no more."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
-
-    def _is_full(self, writer: JournalWriter) -> bool:
-        return writer.path.stat().st_size >= self._file_bytes
-
-    def _roll(self, writer: JournalWriter) -> None:
-        from policies.journal import checkpoint
-
-        writer.close()
-        state = checkpoint(self._core)
-        self._writer = self._next_file(
-            replace(self._head, limits=self._core.limits, checkpoint=state)
-        )
-
-    def _next_file(self, head: Segment) -> JournalWriter:
-        from viisim.journal import JournalWriter
-
-        self._number += 1
-        path = self._folder / f"journal-{self._number:06d}.jsonl"
-        writer = JournalWriter(path, head, buffered=False)
-        for old in self.paths()[: -self._files]:
-            old.unlink(missing_ok=True)
-        return writer
 
 
 def _require_keys_in_public(experiment: Experiment, host: str, insecure: bool) -> None:
