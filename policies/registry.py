@@ -34,6 +34,7 @@ POLICIES = {
     "random": "policies.random:Random",
     "round_robin": "policies.round_robin:RoundRobin",
     "shortest_first": "policies.shortest_first:ShortestFirst",
+    "thermal_aware": "policies.thermal_aware:ThermalAware",
     "token_load": "policies.token_load:TokenLoad",
     "twin": "policies.twin:Twin",
     "viiwork": "policies.viiwork:Viiwork",

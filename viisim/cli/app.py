@@ -15,6 +15,7 @@ from viisim.cli.check import check
 from viisim.cli.compare import compare
 from viisim.cli.conform import conform
 from viisim.cli.deploy import deploy
+from viisim.cli.doctor import doctor
 from viisim.cli.list import list_
 from viisim.cli.load import load
 from viisim.cli.new import new
@@ -60,6 +61,7 @@ app.command()(plan)
 app.add_typer(trace, name="trace")
 app.command()(replay)
 app.command()(deploy)
+app.command()(doctor)
 app.command()(worker)
 app.command()(load)
 
