@@ -61,6 +61,15 @@ class Keys:
         self._due_s: dict[str, float] = {}
         """When a client's allowance is whole again."""
 
+    def replace(self, clients: Sequence[Client]) -> None:
+        """Take these from now on. From keys to none is no way back: everybody would be let in.
+
+        Raises ValueError.
+        """
+        if self._clients and not clients:
+            raise ValueError("there are keys; they can be replaced but not done without")
+        self._clients = tuple(clients)
+
     def client(self, headers: Mapping[str, str]) -> Client:
         """Whose request it is. Raises NoAccess."""
         if not self._clients:

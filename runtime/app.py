@@ -9,6 +9,7 @@ from typing import cast
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.registry import Collector
 
 from policies.core import SchedulerCore
 from policies.interface import Limits as CoreLimits
@@ -24,6 +25,8 @@ from runtime.proxy_metrics import ProxyMetrics, Watch, WatchedDriver, asked_mode
 from runtime.tokens import TokenCount
 
 DRIVER = web.AppKey("DRIVER", Driver)
+
+KEYS = web.AppKey("KEYS", Keys)
 
 CLIENT_GONE = 499
 """Counted for a client that left before its answer had ended; nginx's word for it."""
@@ -43,26 +46,32 @@ def make_app(
     scrape_s: float | None = 1.0,
     journal: Journal | None = None,
     launcher: Launcher | None = None,
+    on_fault: Callable[[str], None] = lambda worker_id: None,
+    collectors: Sequence[Collector] = (),
     token_count: TokenCount | None = None,
     passed_on: Sequence[str] = ("/tokenize", "/detokenize"),
 ) -> web.Application:
     """The proxy in front of `workers` that serve; `app[DRIVER].add` brings others.
 
     In place of a policy, a core may be given that has handled nothing yet; `seed` and
-    `core_limits` are its own then. `admin_sha256` is the digest of the key for `/admin/*`.
+    `core_limits` are its own then. `admin_sha256` is the digest of the key for `/admin/*`,
+    `collectors` give more figures for `/metrics`.
     """
     limits = limits or Limits()
     core = policy
     if isinstance(core, Policy):
         core = SchedulerCore(core, seed, core_limits)
     watch = Watch(core, journal)
-    driver = WatchedDriver(core, workers, watch, scrape_s=scrape_s, launcher=launcher)
+    driver = WatchedDriver(
+        core, workers, watch, scrape_s=scrape_s, launcher=launcher, on_fault=on_fault
+    )
     keys = Keys(clients)
     app = web.Application(
         client_max_size=limits.max_body_bytes,
         middlewares=[_counting(watch, frozenset(passed_on)), openai_errors],
     )
     app[DRIVER] = driver
+    app[KEYS] = keys
 
     async def serving(_: web.Application) -> AsyncIterator[None]:
         async with driver:
@@ -74,7 +83,9 @@ def make_app(
     # Whatever is added to this driver later is an HttpWorker too.
     http_workers = cast(Mapping[str, HttpWorker], driver.workers)
     _route_api(app, Proxy(driver, http_workers, keys, limits, token_count), passed_on)
-    _route_rest(app, driver, watch, Operators(keys, admin_sha256), admin_sha256 is not None)
+    operators = Operators(keys, admin_sha256)
+    _route_metrics(app, operators, (ProxyMetrics(watch), *collectors))
+    _route_rest(app, driver, watch, operators, admin_sha256 is not None)
     return app
 
 
@@ -86,6 +97,21 @@ def _route_api(app: web.Application, proxy: Proxy, passed_on: Sequence[str]) -> 
     app.router.add_get("/v1/models", proxy.models)
 
 
+def _route_metrics(
+    app: web.Application, operators: Operators, collectors: Sequence[Collector]
+) -> None:
+    registry = CollectorRegistry()
+    for collector in collectors:
+        registry.register(collector)
+
+    async def metrics(request: web.Request) -> web.Response:
+        operators.require_scraper(request.headers)
+        headers = {"Content-Type": CONTENT_TYPE_LATEST}
+        return web.Response(body=generate_latest(registry), headers=headers)
+
+    app.router.add_get("/metrics", metrics)
+
+
 def _route_rest(
     app: web.Application, driver: Driver, watch: Watch, operators: Operators, has_admin: bool
 ) -> None:
@@ -94,18 +120,9 @@ def _route_rest(
     async def ready(request: web.Request) -> web.Response:
         return web.Response(status=200 if watch.is_ready() else 503)
 
-    registry = CollectorRegistry()
-    registry.register(ProxyMetrics(watch))
-
-    async def metrics(request: web.Request) -> web.Response:
-        operators.require_scraper(request.headers)
-        headers = {"Content-Type": CONTENT_TYPE_LATEST}
-        return web.Response(body=generate_latest(registry), headers=headers)
-
     app.router.add_get("/health", _health)
     app.router.add_get("/version", _version)
     app.router.add_get("/ready", ready)
-    app.router.add_get("/metrics", metrics)
     dashboard = Dashboard(driver, watch, operators)
     app.on_shutdown.append(dashboard.close)
     app.router.add_get("/dashboard", dashboard.page)

@@ -199,9 +199,10 @@ class Driver:
     """Runs one core against real workers; use it as an async context manager.
 
     `core` must not have handled an event yet. `workers` take requests from the beginning; `add`
-    brings others. Without a `launcher` no `Launch` of the policy succeeds. `clock` gives
-    monotonic seconds, by default the loop's; deadlines of requests are on it. `scrape_s` is the
-    time between two readings of a worker's gauges, None for no readings.
+    brings others. Without a `launcher` no `Launch` of the policy succeeds. `on_fault` is told the
+    id of a worker that has failed a request. `clock` gives monotonic seconds, by default the
+    loop's; deadlines of requests are on it. `scrape_s` is the time between two readings of a
+    worker's gauges, None for no readings.
 
     When the policy or the journal fails, every waiting `submit` raises that error, and so does
     the end of the context: a core that raised has no defined state to go on from.
@@ -216,11 +217,13 @@ class Driver:
         scrape_s: float | None = None,
         clock: Callable[[], float] | None = None,
         launcher: Launcher | None = None,
+        on_fault: Callable[[str], None] = lambda worker_id: None,
     ) -> None:
         self.core = core
         self._workers: dict[str, Worker] = {}
         self._first_workers = tuple(workers)
         self._launcher = launcher
+        self._on_fault = on_fault
         self._launches: dict[str, asyncio.Task[Worker]] = {}
         self._ends: set[asyncio.Task[None]] = set()
         self._drained: dict[str, set[str]] = {}
@@ -365,7 +368,7 @@ class Driver:
         self.report(ConfigChanged(self.now_s(), limits, policy))
 
     def _report_state(self, worker_id: str) -> None:
-        if worker_id in self._workers and worker_id not in self._retiring:
+        if self._open and worker_id in self._workers and worker_id not in self._retiring:
             self.report(ReplicaChanged(self.now_s(), worker_id, self._state(worker_id)))
 
     def _state(self, worker_id: str) -> str:
@@ -484,6 +487,8 @@ class Driver:
         if isinstance(event, Finished):
             self._answer(event.request_id, event)
         self.report(event)
+        if isinstance(event, Failed) and event.worker_fault:
+            self._on_fault(job.worker_id)
         if job.worker_id in self._retiring:
             self._let_go_if_idle(job.worker_id)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from policies.interface import StepCosts
@@ -18,6 +21,9 @@ PROBE_S = 3.0
 """How long a look at health, models or metrics may take."""
 MAX_COLLECTED_BYTES = 1 << 26
 
+CardState: TypeAlias = Callable[[], tuple[float | None, float | None]]
+"""Watts of a worker's cards together, and degrees Celsius of the hottest; None where unknown."""
+
 
 class HttpWorker:
     """A server of the adapter's kind at a URL.
@@ -25,7 +31,8 @@ class HttpWorker:
     `forwards_priority`: the engine schedules by priority, so it is told what the policy wants. One
     that does not (vLLM's default, fcfs) answers 400 to any priority, and is told none. A worker
     that says nothing for `silence_s` has failed; mind that a request which is not streamed shows
-    nothing before its end. Raises InputError for a URL that is no server's address, and for
+    nothing before its end. `card_state` tells the watts and the temperature of its cards, for the
+    gauges. Raises InputError for a URL that is no server's address, and for
     priorities to a kind of server that knows none.
     """
 
@@ -36,6 +43,7 @@ class HttpWorker:
         url: str,
         *,
         adapter: Adapter = VLLM,
+        card_state: CardState | None = None,
         devices: tuple[str, ...] = (),
         max_num_seqs: int = 0,
         kv_blocks: int = 0,
@@ -48,6 +56,7 @@ class HttpWorker:
         self.model = model
         self.url = url
         self.adapter = adapter
+        self._card_state = card_state
         self.devices = devices
         self.max_num_seqs = max_num_seqs
         self.kv_blocks = kv_blocks
@@ -107,7 +116,11 @@ class HttpWorker:
         0 would be taken for a worker without work."""
         if self.adapter.gauges is None:
             raise WorkerError(f"{self.adapter.title} tells no gauges")
-        return self.adapter.read(await self._content("/metrics"))
+        reading = self.adapter.read(await self._content("/metrics"))
+        if self._card_state is None:
+            return reading
+        power_w, temperature_c = self._card_state()
+        return replace(reading, power_w=power_w, temperature_c=temperature_c)
 
     async def models(self) -> list[str]:
         """The names of what it serves. Raises WorkerError."""

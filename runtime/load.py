@@ -16,12 +16,12 @@ from typing import Any
 from zlib import crc32
 
 import aiohttp
+from numpy.random import default_rng
 
 from viisim.workload.request import Request
 
-_VOCABULARY = (100, 30_000)
-"""Token ids that any model's vocabulary has, none of them special."""
-_STRIDE = 40_503
+VOCABULARY = range(100, 30_000)
+"""Token ids that most models have, none of them special."""
 _LATE_S = 0.05
 
 
@@ -55,13 +55,13 @@ class Record:
         return json.dumps(asdict(self), separators=(",", ":"))
 
 
-def token_ids(prompt: Iterable[tuple[Any, int]]) -> list[int]:
+def token_ids(prompt: Iterable[tuple[Any, int]], vocabulary: range = VOCABULARY) -> list[int]:
     """A prompt as token ids, equal where the workload says that prompts are equal."""
-    low, high = _VOCABULARY
     ids: list[int] = []
     for segment, tokens in prompt:
-        first = crc32(repr(segment).encode())
-        ids += [low + (first + _STRIDE * k) % (high - low) for k in range(tokens)]
+        # Drawn, not counted up: with a small vocabulary unequal prompts would soon be equal.
+        draw = default_rng(crc32(repr(segment).encode()))
+        ids += draw.integers(vocabulary.start, vocabulary.stop, tokens).tolist()
     return ids
 
 
@@ -75,15 +75,18 @@ class LoadClient:
         key: str | None = None,
         exact_lengths: bool = True,
         speed: float = 1.0,
+        vocabulary: range = VOCABULARY,
         timeout_s: float = 3600.0,
         on_done: Callable[[Record], None] = lambda record: None,
     ) -> None:
         """`speed` 10 sends ten seconds' worth in one; `exact_lengths` asks the server to ignore
-        the end of an answer, so that it has the workload's length (a vLLM option)."""
+        the end of an answer, so that it has the workload's length (a vLLM option). Prompts are
+        made of the token ids in `vocabulary`."""
         self._url = url.rstrip("/")
         self._key = key
         self._exact = exact_lengths
         self._speed = speed
+        self._vocabulary = vocabulary
         self._timeout_s = timeout_s
         self._on_done = on_done
         self._records: list[Record] = []
@@ -136,7 +139,7 @@ class LoadClient:
         self._records.append(record)
         body: dict[str, Any] = {
             "model": view.model,
-            "prompt": token_ids(request.prompt),
+            "prompt": token_ids(request.prompt, self._vocabulary),
             "max_tokens": request.output_tokens,
             "stream": view.streamed,
         }

@@ -63,7 +63,12 @@ class Proxy:
     """Handlers of the OpenAI endpoints."""
 
     def __init__(
-        self, driver: Driver, workers: Mapping[str, HttpWorker], keys: Keys, limits: Limits, token_count: TokenCount | None = None
+        self,
+        driver: Driver,
+        workers: Mapping[str, HttpWorker],
+        keys: Keys,
+        limits: Limits,
+        token_count: TokenCount | None = None,
     ) -> None:
         self._driver = driver
         self._workers = workers

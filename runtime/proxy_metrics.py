@@ -343,8 +343,16 @@ class WatchedDriver(Driver):
         *,
         scrape_s: float | None = None,
         launcher: Launcher | None = None,
+        on_fault: Callable[[str], None] = lambda worker_id: None,
     ) -> None:
-        super().__init__(core, workers, journal=watch, scrape_s=scrape_s, launcher=launcher)
+        super().__init__(
+            core,
+            workers,
+            journal=watch,
+            scrape_s=scrape_s,
+            launcher=launcher,
+            on_fault=on_fault,
+        )
         self._watch = watch
 
     async def submit(self, request: RequestView, client: Any = None) -> Answer:

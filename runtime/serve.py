@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, cast
 
 from aiohttp import web
@@ -160,14 +160,13 @@ async def serve(
     *,
     head_timeout_s: float = 10.0,
     max_connections: int = 4096,
-    on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Raises InputError when the address cannot be used."""
-    async with listening(
-        app, host, port, head_timeout_s=head_timeout_s, max_connections=max_connections
-    ):
-        on_ready()
-        await _until_told_to_stop(asyncio.get_running_loop())
+    with stop_signals() as stop:
+        async with listening(
+            app, host, port, head_timeout_s=head_timeout_s, max_connections=max_connections
+        ):
+            await stop.wait()
 
 
 class _Refusal(asyncio.Protocol):
@@ -192,12 +191,23 @@ class _Refusal(asyncio.Protocol):
         self._on_close()
 
 
-async def _until_told_to_stop(loop: asyncio.AbstractEventLoop) -> None:
+@contextlib.contextmanager
+def stop_signals(
+    on_reload: Callable[[], None] | None = None,
+) -> Iterator[asyncio.Event]:
+    """While inside, SIGINT and SIGTERM set the event, and SIGHUP calls `on_reload`."""
+    loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # on Windows loops take no signals
-            loop.add_signal_handler(number, stop.set)
-    await stop.wait()
+    handlers: dict[int, Callable[[], object]] = {
+        signal.SIGINT: stop.set,
+        signal.SIGTERM: stop.set,
+    }
+    if on_reload is not None:
+        handlers[signal.SIGHUP] = on_reload
+    with contextlib.suppress(NotImplementedError):  # on Windows loops take no signals
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+    yield stop
 
 
 def run(main: Any) -> None:

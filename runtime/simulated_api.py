@@ -7,6 +7,7 @@ the latencies and in `/metrics` under vLLM's names. Only the words are no answer
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -19,9 +20,19 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from runtime.simulated_worker import BYTES_PER_TOKEN, BadRequest, Prompt, SimulatedWorker
+from runtime.simulated_worker import (
+    BYTES_PER_TOKEN,
+    NO_FAULT,
+    BadRequest,
+    Prompt,
+    SimulatedWorker,
+)
 
-FAULTS = ("crash", "hang", "slow", "refuse", "cut", "error")
+FAULTS = (
+    *("crash", "hang", "refuse", "slow", "thermal", "network_delay", "network_cut"),
+    *("cut", "error"),
+)
+"""Those of experiments (`viisim.faults`), and two that befall one stream."""
 
 WORKER = web.AppKey("WORKER", SimulatedWorker)
 
@@ -40,7 +51,7 @@ def make_app(worker: SimulatedWorker) -> web.Application:
     async def running(_: web.Application) -> AsyncIterator[None]:
         worker.start()
         yield
-        worker.engine.close()
+        worker.close()
 
     app.cleanup_ctx.append(running)
     app.router.add_get("/health", _health)
@@ -54,6 +65,7 @@ def make_app(worker: SimulatedWorker) -> web.Application:
     app.router.add_post("/v1/embeddings", _embeddings)
     app.router.add_post("/tokenize", _tokenize)
     app.router.add_post("/detokenize", _detokenize)
+    app.router.add_get("/fault", _lasting_fault)
     app.router.add_post("/fault", _fault)
     return app
 
@@ -63,15 +75,23 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @web.middleware
 async def _as_vllm_answers(request: web.Request, handler: Handler) -> web.StreamResponse:
-    worker = request.app[WORKER]
-    if request.path != "/fault":
-        await worker.hanging.wait()
-        if worker.refusing:
-            return _error(503, "the server refuses requests", "ServiceUnavailableError")
+    worker, client = request.app[WORKER], request.transport
     try:
+        if request.path == "/fault":
+            return await handler(request)
+        if client is not None:
+            worker.clients.add(client)
+        if worker.delay_s:
+            await asyncio.sleep(worker.delay_s / worker.speed)
+        await worker.hanging.wait()
+        if not worker.is_healthy:
+            return _error(503, "the server refuses requests", "ServiceUnavailableError")
         return await handler(request)
     except BadRequest as error:
         return _error(400, str(error), "BadRequestError")
+    finally:
+        if client is not None:
+            worker.clients.discard(client)
 
 
 def _error(status: int, message: str, kind: str) -> web.Response:
@@ -341,16 +361,17 @@ async def _fault(request: web.Request) -> web.Response:
     worker = request.app[WORKER]
     body = json.loads(await request.read())
     kind = body.get("kind")
+    if kind not in (*FAULTS, NO_FAULT):
+        raise BadRequest(f"unknown fault {kind!r}: one of {', '.join((*FAULTS, NO_FAULT))}.")
     if kind == "crash":
         os._exit(137)
-    worker.refusing = kind == "refuse"
-    worker.cut_next = kind if kind in ("cut", "error") else ""
-    worker.hanging.set()
-    if kind == "hang":
-        worker.hanging.clear()
-    worker.engine.change_speed(
-        worker.step_time(float(body.get("factor", 2.0)) if kind == "slow" else 1.0)
-    )
-    if kind not in (*FAULTS, "none"):
-        raise BadRequest(f"unknown fault {kind!r}: one of {', '.join((*FAULTS, 'none'))}.")
-    return web.json_response({"fault": kind})
+    if kind == NO_FAULT:
+        worker.recover()
+    else:
+        worker.befall(kind, body)
+    return web.json_response({"fault": worker.fault})
+
+
+async def _lasting_fault(request: web.Request) -> web.Response:
+    """The kind of the fault that lasts."""
+    return web.json_response({"fault": request.app[WORKER].fault})

@@ -106,6 +106,11 @@ class RealTimeEngine:
         scheduler = self._engine.scheduler
         return scheduler.preemptions, scheduler.queried_tokens, scheduler.hit_tokens
 
+    def spent_ns(self) -> tuple[int, int]:
+        """See `Engine.spent_ns`."""
+        self._catch_up()
+        return self._engine.spent_ns(self.now_ns())
+
     def change_speed(self, step_time: StepTime) -> None:
         """From the next step on, steps take this long."""
         self._engine.step_time = step_time

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import struct
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -21,7 +21,10 @@ from prometheus_client.registry import Collector
 from runtime.simulated_engine import RealTimeEngine, Stream
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.step_time import StepTime
+from viisim.faults import HEAT_EVERY_S, Heat, Throttle
+from viisim.power import Cooling, PowerDraw
 
+NO_FAULT = "none"
 BYTES_PER_TOKEN = 4
 
 _LABELS = ("model_name", "engine")
@@ -52,12 +55,20 @@ class SimulatedWorker(Collector):
     step_time: Callable[[float], StepTime]
     """Step times at a slowdown factor."""
     speed: float = 1.0
+    start_s: float = 0.0
+    """Its health is bad for so long after the start, by the wall clock: whoever wants to find it
+    in a certain state has time to put it there."""
     engine: RealTimeEngine = field(init=False)
-    refusing: bool = False
+    fault: str = NO_FAULT
+    """The kind of the one that lasts."""
+    delay_s: float = 0.0
+    """A request reaches it so much later, by its own clock."""
     hanging: asyncio.Event = field(init=False)
     """Not set while the server hangs."""
     cut_next: str = ""
     """`cut` or `error`: what befalls the next stream after its first token."""
+    clients: set[asyncio.Transport] = field(default_factory=set)
+    """Connections with a request that has not been answered."""
     finished: dict[str, int] = field(default_factory=lambda: {"length": 0, "abort": 0})
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     numbers: Iterator[int] = field(default_factory=lambda: count(1))
@@ -68,6 +79,8 @@ class SimulatedWorker(Collector):
         self.engine.on_step = self._observe
         self.hanging = asyncio.Event()
         self.hanging.set()
+        self._healthy_s = asyncio.get_running_loop().time() + self.start_s
+        self._heating: asyncio.TimerHandle | None = None
         self._ttft_s = self._histogram("time_to_first_token_seconds")
         self._itl_s = self._histogram("inter_token_latency_seconds")
         self._e2e_s = self._histogram("e2e_request_latency_seconds")
@@ -124,6 +137,59 @@ class SimulatedWorker(Collector):
             1,
         )
         yield config
+
+    # -- faults --
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it has started, and takes requests."""
+        return self.fault != "refuse" and asyncio.get_running_loop().time() >= self._healthy_s
+
+    def befall(self, kind: str, body: Mapping[str, Any]) -> None:
+        """Have something go wrong, in place of what did until now; `body` has the fields of
+        `viisim.faults.Fault` that the kind needs. What does not last leaves nothing behind."""
+        self.recover()
+        match kind:
+            case "cut" | "error":
+                self.cut_next = kind
+                return
+            case "network_cut":
+                for client in list(self.clients):
+                    client.abort()
+                return
+            case "hang":
+                self.hanging.clear()
+            case "slow":
+                self.engine.change_speed(self.step_time(float(body.get("factor", 2.0))))
+            case "network_delay":
+                self.delay_s = float(body["delay_s"])
+            case "thermal":
+                heat = body["heat"]
+                heat = Heat(Cooling(**heat["cooling"]), PowerDraw(**heat["draw"]))
+                self._heat(Throttle(heat, self.engine.now_ns(), *self.engine.spent_ns()))
+        self.fault = kind
+
+    def recover(self) -> None:
+        """All is well again."""
+        self.fault, self.cut_next, self.delay_s = NO_FAULT, "", 0.0
+        self.hanging.set()
+        if self._heating is not None:
+            self._heating.cancel()
+        self.engine.change_speed(self.step_time(1.0))
+
+    def _heat(self, throttle: Throttle) -> None:
+        before = throttle.factor
+        throttle.advance(self.engine.now_ns(), *self.engine.spent_ns())
+        if throttle.factor != before:
+            self.engine.change_speed(self.step_time(throttle.factor))
+        loop = asyncio.get_running_loop()
+        self._heating = loop.call_later(HEAT_EVERY_S / self.speed, self._heat, throttle)
+
+    def close(self) -> None:
+        """Compute no more."""
+        if self._heating is not None:
+            self._heating.cancel()
+        self.engine.close()
 
     # -- requests --
 

@@ -144,7 +144,7 @@ def test_importing_viisim_imports_nothing_else() -> None:
 
 def test_every_replica_has_devices_of_its_own() -> None:
     devices = [device for spec in replica_specs(small()) for device in spec.devices]
-    assert devices == ["simulated/gpu0", "simulated/gpu1"]
+    assert devices == ["gpu0", "gpu1"]
 
 
 def test_settings_come_from_the_profile_unless_the_experiment_differs() -> None:

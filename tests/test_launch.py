@@ -35,7 +35,7 @@ class Elastic(Policy):
 
     def plan(self, queue, view):
         used = {device for replica in view.replicas for device in replica.devices}
-        free = [f"simulated/gpu{n}" for n in range(3) if f"simulated/gpu{n}" not in used]
+        free = [f"gpu{n}" for n in range(3) if f"gpu{n}" not in used]
         if view.queued_requests > 3 and free:
             yield Launch(MODEL, (free[0],))
         idle = [r for r in view.replicas if r.state == "ready" and not r.inflight_requests]
@@ -48,7 +48,7 @@ class Changing(Elastic):
 
     def plan(self, queue, view):
         if len(view.replicas) == 1:
-            yield Launch(MODEL, ("simulated/gpu1",))
+            yield Launch(MODEL, ("gpu1",))
             launched = next(r.id for r in view.replicas if r.state == "starting")
             yield Retire(launched)
             yield Retire(launched)
@@ -61,7 +61,7 @@ class Greedy(Elastic):
 
     def plan(self, queue, view):
         if not self.failed:
-            yield Launch(MODEL, ("simulated/gpu9",))
+            yield Launch(MODEL, ("gpu9",))
 
     def observe(self, event, view):
         if isinstance(event, LaunchFailed):
@@ -179,7 +179,7 @@ def launcher(folder: Path, **cluster: Any) -> Launcher:
 
 
 def test_a_launch_makes_a_replica_of_its_devices(tmp_path: Path) -> None:
-    launch = Launch("llama-2-13b", ("simulated/gpu1", "simulated/gpu2"), "x")
+    launch = Launch("llama-2-13b", ("gpu1", "gpu2"), "x")
     made = launcher(tmp_path)(launch)
     assert not isinstance(made, str)
     spec, load_ns = made
@@ -190,7 +190,7 @@ def test_a_launch_makes_a_replica_of_its_devices(tmp_path: Path) -> None:
 
 def test_the_files_own_engine_settings_hold_for_launched_replicas(tmp_path: Path) -> None:
     entry = {"device": "radeon_vii", "model": "qwen3-vl-8b-awq", "engine": {"max_num_seqs": 7}}
-    made = launcher(tmp_path, replicas=[entry])(Launch("qwen3-vl-8b-awq", ("simulated/gpu1",), "x"))
+    made = launcher(tmp_path, replicas=[entry])(Launch("qwen3-vl-8b-awq", ("gpu1",), "x"))
     assert not isinstance(made, str)
     assert made[0].settings.max_num_seqs == 7
 
@@ -200,7 +200,7 @@ def test_the_files_own_engine_settings_hold_for_launched_replicas(tmp_path: Path
     [
         ("llama-2-70b", ["gpu1"], "does not fit 1 x radeon_vii"),
         ("llama-9", ["gpu1"], "unknown model 'llama-9'"),
-        ("llama-2-7b", ["gpu7"], "unknown device 'simulated/gpu7'"),
+        ("llama-2-7b", ["gpu7"], "unknown device 'gpu7'"),
         ("llama-2-7b", ["gpu0", "gpu1"], "devices of several kinds: mi50, radeon_vii"),
         ("qwen3-vl-8b-awq", ["gpu1", "gpu2"], "is for 1 devices, not 2"),
     ],
@@ -209,7 +209,7 @@ def test_a_launch_that_cannot_be_says_why(
     tmp_path: Path, model: str, devices: list[str], reason: str
 ) -> None:
     own = {"device": "mi50", "model": "qwen3-vl-8b-awq"}
-    names = tuple(f"simulated/{device}" for device in devices)
+    names = tuple(devices)
     answer = launcher(tmp_path, replicas=[own])(Launch(model, names, "x"))
     assert isinstance(answer, str)
     assert reason in answer

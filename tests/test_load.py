@@ -18,6 +18,7 @@ from runtime.simulated_api import make_app
 from tests.test_simulated_worker import SimulatedWorker, step_time
 from viisim.cli import app as cli
 from viisim.cli.load import summarised
+from viisim.config import Slo
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.workload.request import Request
 
@@ -142,6 +143,13 @@ class TestRecords:
         assert shared[:8] == other[:8]
         assert shared[8:] != other[8:]
 
+    def test_tokens_come_from_the_vocabulary_that_is_named(self):
+        assert set(token_ids([("a", 500)], range(8, 20))) == set(range(8, 20))
+
+    def test_prompts_of_a_small_vocabulary_soon_differ(self):
+        beginnings = {tuple(token_ids([(n, 32)], range(8, 105))) for n in range(1000)}
+        assert len(beginnings) == 1000
+
 
 class TestSummary:
     def test_failures_are_counted_and_left_out_of_the_latencies(self):
@@ -167,3 +175,30 @@ class TestCommand:
     def test_records_are_lines_of_json(self):
         record = json.loads(Record("a", 1.0, token_s=[2.0]).line())
         assert (record["id"], record["due_s"], record["token_s"]) == ("a", 1.0, [2.0])
+
+
+class TestSlo:
+    SLO = Slo(ttft_s=1.0, tpot_s=0.1)
+
+    def met(self, speed: float = 1.0, **fields: Any) -> int:
+        """How many of one record."""
+        usual = {"ttft_s": 0.9, "e2e_s": 1.8, "output_tokens": 11, "streamed": True}
+        record = Record("a", 0.0, 0.0, **(usual | fields))
+        found: int = summarised([record], self.SLO, speed)["met_slo"]
+        return found
+
+    def test_a_stream_meets_both_objectives(self):
+        assert self.met() == 1
+
+    @pytest.mark.parametrize("late", [{"ttft_s": 1.1}, {"e2e_s": 2.0}], ids=["first", "later"])
+    def test_a_late_stream_does_not(self, late: dict[str, float]):
+        assert self.met(**late) == 0
+
+    def test_a_failed_one_does_not(self):
+        assert self.met(error="cut") == 0
+
+    def test_a_plain_one_has_the_time_of_a_stream(self):
+        assert [self.met(streamed=False, ttft_s=None, e2e_s=s) for s in (1.9, 2.1)] == [1, 0]
+
+    def test_at_a_higher_speed_everything_must_be_sooner(self):
+        assert self.met(speed=2.0) == 0

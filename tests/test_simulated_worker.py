@@ -23,12 +23,14 @@ def step_time(slowdown: float) -> StepTime:
     return StepTime([DecodePoint(1, 0.01 * slowdown, 0.0)], 8, 0.01 * slowdown, 5e-5)
 
 
-def asked(question: Callable[[HTTP], Awaitable[None]], **settings: Any) -> None:
+def asked(
+    question: Callable[[HTTP], Awaitable[None]], start_s: float = 0.0, **settings: Any
+) -> None:
     """Ask a worker of a small engine."""
     engine = SchedulerSettings(**{"num_kv_blocks": 300, "max_num_seqs": 8, **settings})
 
     async def scenario() -> None:
-        app = make_app(SimulatedWorker("m", engine, step_time, speed=1000.0))
+        app = make_app(SimulatedWorker("m", engine, step_time, 1000.0, start_s))
         async with asyncio.timeout(LIMIT_S), TestClient(TestServer(app)) as client:
             await question(client)
 
@@ -159,6 +161,62 @@ class TestFaults:
             assert took_s[1] > 10 * took_s[0]
 
         asked(question)
+
+    def test_a_cut_network_ends_every_request_and_the_worker_goes_on(self):
+        async def question(client: HTTP) -> None:
+            await client.post("/fault", json={"kind": "slow", "factor": 1000.0})
+            asking = [asyncio.create_task(completion(client, max_tokens=4000)) for _ in range(2)]
+            while await metric(client, "num_requests_running") < 2:
+                pass
+            await client.post("/fault", json={"kind": "network_cut"})
+            ended = await asyncio.gather(*asking, return_exceptions=True)
+            assert [isinstance(error, ClientError) for error in ended] == [True, True]
+            assert (await completion(client, max_tokens=3))["usage"]["completion_tokens"] == 3
+
+        asked(question, num_kv_blocks=600, max_model_len=8192)
+
+    def test_a_distant_worker_gets_its_requests_later_by_its_own_clock(self):
+        async def question(client: HTTP) -> None:
+            loop = asyncio.get_running_loop()
+            await client.post("/fault", json={"kind": "network_delay", "delay_s": 200.0})
+            before_s = loop.time()
+            await completion(client, max_tokens=1)
+            assert loop.time() - before_s > 200.0 / 1000
+
+        asked(question)
+
+    def test_a_hot_worker_slows_down_under_load_and_recovers(self):
+        draw = {"idle_w": 20.0, "decode_w": 250.0, "prefill_w": 250.0}
+        heat = {"cooling": {"time_constant_s": 1.0}, "draw": draw}
+
+        async def question(client: HTTP) -> None:
+            took_s = []
+            for kind in ("none", "thermal", "none"):
+                await client.post("/fault", json={"kind": kind, "heat": heat})
+                before_s = await metric(client, "e2e_request_latency_seconds_sum")
+                await completion(client, max_tokens=3000)
+                took_s.append(await metric(client, "e2e_request_latency_seconds_sum") - before_s)
+            assert took_s[1] > 1.3 * took_s[0]
+            assert took_s[2] < 1.1 * took_s[0]
+
+        asked(question, num_kv_blocks=2000, max_model_len=8192)
+
+    def test_a_lasting_fault_can_be_read_and_one_that_is_over_cannot(self):
+        async def question(client: HTTP) -> None:
+            seen = []
+            for kind in ("hang", "network_cut", "refuse", "none"):
+                await client.post("/fault", json={"kind": kind})
+                seen.append((await (await client.get("/fault")).json())["fault"])
+            assert seen == ["hang", "none", "refuse", "none"]
+
+        asked(question)
+
+    def test_a_worker_that_starts_is_not_healthy_yet(self):
+        async def question(client: HTTP) -> None:
+            assert (await client.get("/health")).status == 503
+            assert (await client.get("/fault")).status == 200
+
+        asked(question, start_s=LIMIT_S)
 
     def test_an_unknown_fault_is_refused_with_those_there_are(self):
         async def question(client: HTTP) -> None:

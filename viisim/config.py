@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
@@ -36,8 +36,10 @@ from policies.predictor import History, LengthPredictor
 from policies.registry import PolicySpecError, make_policy, policy_class
 from viisim.documents import Strict, check, inside, nearest, override, read_yaml
 from viisim.errors import InputError
-from viisim.hardware import load_device
+from viisim.faults import ANY, Fault, FaultConfig, Thermal, schedule
+from viisim.hardware import device_names, load_device
 from viisim.interconnect import InterconnectConfig, interconnect_of
+from viisim.power import PowerDraw, power_draw
 from viisim.predictors import Noisy, Oracle
 from viisim.profile import (
     Count,
@@ -450,6 +452,8 @@ class DeployConfig(Strict):
     queue."""
     tokenizer: str | None = None
     """The model's tokenizer.json; None: prompt tokens are estimated from characters."""
+    max_restarts: Count = 8
+    """Of a worker that does not stay up for five minutes; then it is given up."""
     drain_s: Positive = 60.0
     """How long running requests may take to end after SIGTERM."""
     power_cap_w: dict[int, Positive] = Field(default_factory=dict)
@@ -478,6 +482,8 @@ class Experiment(Strict):
     max_sim_s: Positive | None = None
     """Simulated time at which a run ends, whatever is unfinished; None: when all is done."""
     limits: LimitsConfig = LimitsConfig()
+    faults: tuple[FaultConfig, ...] = Field(default=(), strict=False)
+    """What goes wrong, in a simulation and over simulated workers alike."""
     deploy: DeployConfig = DeployConfig()
 
     @field_validator("seeds")
@@ -512,6 +518,35 @@ class Experiment(Strict):
                 raise inside(f"workload.{key}: nothing serves {asked!r}. {nearest(asked, models)}")
         return self
 
+    @model_validator(mode="after")
+    def _faults_befall_known_replicas(self) -> Self:
+        entries = dict(self.numbered_replicas())
+        for index, fault in enumerate(self.faults):
+            key = f"faults.{index}"
+            if fault.replica not in (ANY, *entries):
+                raise inside(f"{key}.replica: {nearest(fault.replica, (ANY, *entries))}")
+            if isinstance(fault, Thermal):
+                befallen = [entries[fault.replica]] if fault.replica != ANY else entries.values()
+                for entry in befallen:
+                    if entry.device not in device_names():
+                        raise inside(
+                            f"{key}.kind: nobody knows what device {entry.device!r} draws, so "
+                            "not how hot it gets; use slow"
+                        )
+        return self
+
+    def numbered_replicas(self) -> list[tuple[str, ReplicaConfig]]:
+        """Every replica's id (`r0`, `r1`, ... in the order of the file, padded so that ids sort
+        in that order) and its entry."""
+        entries = [entry for entry in self.cluster.replicas for _ in range(entry.count)]
+        width = len(str(len(entries) - 1))
+        return [(f"r{index:0{width}}", entry) for index, entry in enumerate(entries)]
+
+    def fault_schedule(self, seed: int) -> Iterator[Fault]:
+        """Every single fault of a run, in order of time; without end where one has a rate."""
+        draws = {name: _card_draw(entry) for name, entry in self.numbered_replicas()}
+        return schedule(self.faults, draws, seed)
+
     @property
     def model(self) -> str:
         """The model that the workload's requests ask for, unless a part of it names another."""
@@ -540,18 +575,20 @@ class Experiment(Strict):
 
         Raises InputError for one of kind `url`: nothing is known of what runs there.
         """
-        entries: list[ReplicaConfig] = []
         for index, entry in enumerate(self.cluster.replicas):
             if entry.worker.kind == "url":
                 raise InputError(
                     f"{self.name}: cluster.replicas.{index}.worker.kind: 'url' is for deploying "
                     "only; to simulate, write kind: simulated and a device"
                 )
-            entries += [entry] * entry.count
-        width = len(str(len(entries) - 1))
-        return [
-            SimulatedReplica.of(f"r{index:0{width}}", entry) for index, entry in enumerate(entries)
-        ]
+        return [SimulatedReplica.of(name, entry) for name, entry in self.numbered_replicas()]
+
+
+def _card_draw(entry: ReplicaConfig) -> PowerDraw | None:
+    """What one card of the replica draws; None for a device that is not in the catalogue."""
+    if entry.device not in device_names():
+        return None
+    return power_draw(load_device(entry.device), entry.load_profile().power_cap_w)
 
 
 # --------------------------------------------------------------------------------------
@@ -593,6 +630,9 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
         if entry.worker.kind != "url":
             written["engine"] = entry.engine.resolve(entry.load_profile()).model_dump()
             written["profile"] = _portable(entry.profile_name)
+            written["worker"] = {"kind": "simulated"}  # as it is in a simulation
+    if not experiment.faults:  # a manifest without them is as it was before there were any
+        del content["faults"]
     workload = content["workload"]
     parts = [(part, "path") for part in (workload, *workload.get("parts", ()))]
     for part, key in (*parts, (content["policy"], "class")):

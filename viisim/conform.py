@@ -17,7 +17,7 @@ import json
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, TypeAlias, TypeVar, runtime_checkable
 
@@ -84,6 +84,12 @@ class GoldenConfig:
     """Blocks an admission must leave free when something is running."""
     async_scheduling: bool = False
     """Schedule a step before the output of the last one is known."""
+    kind_of_scenario: str = ""
+    """What the scenario is about."""
+    max_num_seqs: int | None = None
+    """Batch slots of the model runner; no rule reads them. None: `max_num_active_seqs`."""
+    watermark: float | None = None
+    """The share of `num_blocks` that `watermark_blocks` comes from; None: not known."""
 
     @property
     def usable_blocks(self) -> int:
@@ -441,6 +447,64 @@ class _Replay:
         """Process batches whose requests have all ended: nobody sees their output."""
         while self._engine.batches_in_flight:
             self._engine.update()
+
+
+# --------------------------------------------------------------------------------------
+# Recording
+
+
+def recorded(scenario: Scenario, engine: StepEngine) -> Scenario:
+    """The scenario with the steps that this engine makes of it. Raises EngineFailed."""
+    return replace(scenario, steps=tuple(replay(scenario, engine)))
+
+
+def write_scenario(path: Path, scenario: Scenario, configuration: Line | None = None) -> None:
+    """Write a trace, compressed if the name says so (`.gz`); the inverse of `load_scenario`.
+
+    `configuration` is what the recorded scheduler says of itself, in place of what it was asked
+    for. Equal traces make equal files.
+    """
+    text = "".join(
+        json.dumps(line, separators=(",", ":")) + "\n"
+        for line in _trace_lines(scenario, configuration or asdict(scenario.config))
+    )
+    content = text.encode()
+    try:
+        path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _trace_lines(scenario: Scenario, configuration: Line) -> Iterator[Line]:
+    names = {"name": scenario.name, "kind_of_scenario": scenario.config.kind_of_scenario}
+    yield {"kind": "config", "format": 1} | names | configuration
+    for request in scenario.requests:
+        line = {"kind": "request"} | asdict(request)
+        if request.arrival_time == int(request.arrival_time):
+            line["arrival_time"] = int(request.arrival_time)
+        yield line
+    for abort in scenario.aborts:
+        yield {"kind": "abort"} | asdict(abort)
+    yield from scenario.steps
+    yield {"kind": "end"} | _totals([line for line in scenario.steps if line["kind"] == "step"])
+
+
+def _totals(steps: Sequence[Line]) -> Line:
+    """What the last line says of the steps."""
+    return {
+        "steps": len(steps),
+        "preemptions": sum(len(line["preempted"]) for line in steps),
+        "resumed": sum(len(line["resumed"]) for line in steps),
+        "hit_tokens": sum(tokens for line in steps for _, tokens in line["cached"]),
+        "aborted": sum(len(line["aborted"]) + len(line["aborted_after"]) for line in steps),
+        "empty_steps": sum(not line["scheduled"] for line in steps),
+        "self_preempt_only": sum(
+            bool(line["preempted"]) and len(line["scheduled"]) < len(line["running"])
+            for line in steps
+        ),
+        "max_running": max((len(line["running"]) for line in steps), default=0),
+        "finished": sum(len(line["finished"]) for line in steps),
+    }
 
 
 # --------------------------------------------------------------------------------------

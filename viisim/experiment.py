@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,6 +35,8 @@ from viisim.config import (
     resolved,
     workload_files,
 )
+from viisim.engine.step_time import StepTime
+from viisim.fault_player import FaultPlan
 from viisim.hardware import device_names, load_device
 from viisim.journal import JournalWriter
 from viisim.launch import Launcher
@@ -94,12 +97,22 @@ def run_seed(
             predictor=experiment.make_predictor(seed),
             on_progress=report,
             launcher=launcher,
+            faults=_fault_plan(experiment, seed),
         ).run()
     _add_power(result, launcher, experiment.simulated_replicas())
     result.unsent_requests = total - len(result.requests["request"])
     if report is not None:
         report(total)
     return result
+
+
+def _fault_plan(experiment: Experiment, seed: int) -> FaultPlan | None:
+    if not experiment.faults:
+        return None
+    step_times = {
+        replica.id: partial(_step_time, replica) for replica in experiment.simulated_replicas()
+    }
+    return FaultPlan(experiment.fault_schedule(seed), step_times)
 
 
 def replica_specs(experiment: Experiment) -> list[ReplicaSpec]:
@@ -121,7 +134,7 @@ def simulated_devices(experiment: Experiment) -> dict[str, str]:
     spare = experiment.cluster.spare
     if spare is not None:
         kinds += [spare.device] * spare.count
-    return {f"simulated/gpu{number}": kind for number, kind in enumerate(kinds)}
+    return {f"gpu{number}": kind for number, kind in enumerate(kinds)}
 
 
 def _spec(replica: SimulatedReplica, devices: tuple[str, ...]) -> ReplicaSpec:
@@ -131,10 +144,15 @@ def _spec(replica: SimulatedReplica, devices: tuple[str, ...]) -> ReplicaSpec:
         replica.model,
         devices,
         settings.scheduler_settings(),
-        step_time_of(replica.profile, settings.max_num_seqs, replica.slowdown),
+        _step_time(replica),
         settings.coalesce,
         step_costs_of(replica.profile, settings.max_num_batched_tokens),
     )
+
+
+def _step_time(replica: SimulatedReplica, factor: float = 1.0) -> StepTime:
+    """Its step times, each so many times as long as usual."""
+    return step_time_of(replica.profile, replica.settings.max_num_seqs, replica.slowdown * factor)
 
 
 def _add_power(

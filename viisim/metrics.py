@@ -29,11 +29,19 @@ from numpy.typing import NDArray
 from viisim.definitions import DEFINITIONS
 from viisim.fairness import demand_and_service, fair_shares, fairness
 from viisim.invariants import check_invariants
-from viisim.records import FINISHED, ITL_EDGES_S, OUTCOMES, SeedResult
+from viisim.records import FINISHED, ITL_EDGES_S, OUTCOMES, FaultCounts, SeedResult
 from viisim.saturation import is_saturated
 from viisim.statistics import Estimate, estimate
 
 Columns: TypeAlias = Mapping[str, NDArray[Any]]
+
+FAULT_DEFINITIONS = {
+    "faults": "faults that befell a replica, per run",
+    "lost_requests": "requests that got no whole answer, without having been refused",
+    "retried_attempts": "attempts after one that had failed",
+    "duplicated_requests": "requests tried again after their client had seen a byte; must be 0",
+}
+"""In a summary only where there are faults."""
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
 
@@ -169,8 +177,9 @@ def combine(
         raise ValueError("a summary needs at least one seed")
     classes = sorted({name for seed in seeds for name in seed["classes"]})
     tenants = sorted({name for seed in seeds for name in seed["tenants"]})
+    faulty = "faults" in seeds[0]["values"]
     return {
-        "definitions": DEFINITIONS,
+        "definitions": DEFINITIONS | FAULT_DEFINITIONS if faulty else DEFINITIONS,
         "warmup_fraction": warmup_fraction,
         "predictor": None if predictor is None else dict(predictor),
         "saturated_seeds": [s["seed"] for s in seeds if s["saturated"]],
@@ -250,6 +259,8 @@ def seed_metrics(result: SeedResult, slo: Slo, warmup_fraction: float) -> SeedMe
     tenants, fair = _tenants(result, cut)
     itl_counts = np.array([replica.itl_counts for replica in result.replicas]).sum(axis=0)
     unsent: dict[str, float | None] = {"unsent_requests": result.unsent_requests}
+    if result.faults is not None:
+        unsent |= _fault_values(result.faults)
     return {
         **whole,
         "seed": result.seed,
@@ -262,6 +273,15 @@ def seed_metrics(result: SeedResult, slo: Slo, warmup_fraction: float) -> SeedMe
         "tenants": tenants,
         "itl_histogram": _histogram(itl_counts),
         "replicas": _replica_totals(result),
+    }
+
+
+def _fault_values(counts: FaultCounts) -> dict[str, float | None]:
+    return {
+        "faults": counts.injected,
+        "lost_requests": counts.lost,
+        "retried_attempts": counts.retried,
+        "duplicated_requests": counts.duplicated,
     }
 
 

@@ -232,7 +232,7 @@ def simulate_candidate(
     )
     size = profile.tensor_parallel
     replicas = [
-        spec(f"r{n:02}", devices=tuple(f"simulated/gpu{n * size + i}" for i in range(size)))
+        spec(f"r{n:02}", devices=tuple(f"gpu{n * size + i}" for i in range(size)))
         for n in range(candidate.replicas)
     ]
     return Simulation(replicas, make_policy({"name": "least_loaded"}), requests, seed=seed).run()

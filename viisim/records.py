@@ -86,6 +86,20 @@ class ReplicaTotals:
 
 
 @dataclass(slots=True)
+class FaultCounts:
+    """What the faults of one run came to."""
+
+    injected: int = 0
+    """Faults that befell a replica."""
+    lost: int = 0
+    """Requests that got no whole answer, without having been refused."""
+    retried: int = 0
+    """Attempts after one that had failed."""
+    duplicated: int = 0
+    """Requests tried again after their client had seen a byte: none, or something is wrong."""
+
+
+@dataclass(slots=True)
 class SeedResult:
     """One seed of one experiment."""
 
@@ -108,3 +122,5 @@ class SeedResult:
     """Events that the simulation kernel processed."""
     energy_j: float | None = None
     """Of all devices of the cluster over the whole run, None where a draw is not known."""
+    faults: FaultCounts | None = None
+    """None for an experiment without faults."""

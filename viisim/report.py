@@ -35,6 +35,10 @@ VALUES: dict[str, tuple[str, str, float]] = {
     "busy_share": ("replicas computing", "% of time", 100),
     "energy_j_per_million_tokens": ("energy of the cards", "kWh/M tokens", 1 / 3.6e6),
     "preemptions": ("preemptions", "per run", 1),
+    "faults": ("faults", "per run", 1),
+    "lost_requests": ("requests lost to faults", "per run", 1),
+    "retried_attempts": ("attempts repeated", "per run", 1),
+    "duplicated_requests": ("requests answered twice", "per run", 1),
     "jain_tenants": ("fairness between tenants", "Jain's index", 1),
     "service_min_over_max": ("least / most served tenant", "of fair share", 1),
 }

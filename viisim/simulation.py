@@ -51,6 +51,7 @@ from viisim.engine.replica import (
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.sequence import Sequence as EngineSequence
 from viisim.engine.step_time import StepTime
+from viisim.fault_player import BROKEN, FaultPlan, FaultPlayer
 from viisim.kernel import Kernel
 from viisim.records import (
     FINISHED,
@@ -71,6 +72,8 @@ module, whatever is asked for; beyond 2**53 ns the quotient of two whole numbers
 #: idle and no timer is due, will hold them for ever.
 _PATIENCE = 1000
 _TOO_LONG = "prompt too long"
+_FAILED = "failed: "
+"""Begins the reason with which the core sheds what failed and cannot be tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +102,20 @@ class Journal(Protocol):
         """Note one handled event."""
 
 
-class _Flight(EngineSequence):
+class Flight(EngineSequence):
     """A request between its arrival and its end: the sequence that its engine computes, and
     what the records want to know. A new one stands for every attempt but the first."""
 
-    __slots__ = ("attempt", "dispatched_ns", "index", "replica", "request", "withdrawn")
+    __slots__ = (
+        "attempt",
+        "dispatched_ns",
+        "failed",
+        "index",
+        "over",
+        "replica",
+        "request",
+        "withdrawn",
+    )
 
     def __init__(self, index: int, request: Request) -> None:
         view = request.view
@@ -119,8 +131,18 @@ class _Flight(EngineSequence):
         self.attempt = 0
         self.dispatched_ns = -1
         self.replica: Replica | None = None
+        """Where it is; None until it has got there."""
         self.withdrawn = False
-        """A Preempt was issued: nothing that the attempt still does reaches the client."""
+        """A Preempt was issued, or the attempt failed: nothing that it still does reaches the
+        client."""
+        self.over = False
+        """The core has been told that the attempt was cancelled or failed."""
+        self.failed = False
+
+    @property
+    def shown(self) -> bool:
+        """Whether the client has seen a byte of a stream that is not whole yet."""
+        return self.request.view.streamed and self.first_token_ns >= 0
 
 
 class _Life:
@@ -140,7 +162,8 @@ class Simulation:
     Requests whose prompt a replica cannot take (prompt >= max_model_len) are refused, as vLLM's
     front end does, and counted. The run ends with the last request, at `until_s`, or when the
     policy holds requests for ever; what is then still in the system counts as unfinished.
-    What a `Launch` comes to, `launcher` says; without one, every launch fails.
+    What a `Launch` comes to, `launcher` says; without one, every launch fails. `faults` befall
+    replicas of the cluster, not launched ones.
     """
 
     def __init__(
@@ -158,12 +181,14 @@ class Simulation:
         predictor: LengthPredictor | None = None,
         on_progress: Callable[[int], None] | None = None,
         launcher: Launcher | None = None,
+        faults: FaultPlan | None = None,
     ) -> None:
         self.core = SchedulerCore(policy, seed, limits)
+        self.kernel = Kernel()
         self._seed = seed
-        self._kernel = Kernel()
         self._specs = replicas
         self._launcher = launcher
+        self._faults = None if faults is None else FaultPlayer(faults, self)
         self._replicas: dict[str, Replica] = {}
         """Those that are there, by id."""
         self._lives: list[_Life] = []
@@ -184,7 +209,7 @@ class Simulation:
         """Requests of closed-loop sessions that are still to arrive, by the kernel's number."""
         self._traffic_classes: dict[str, int] = {}
         self._tenants: dict[str, int] = {}
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[str, Flight] = {}
         self._retiring: set[str] = set()
         self._pending: list[Event] = []
         self._delivering = False
@@ -204,15 +229,17 @@ class Simulation:
             self._deliver(_ready(spec, 0.0))
         self._next = next(self._requests, None)
         if self._next is not None:
-            self._kernel.call_at(self._next.arrived_ns, ARRIVAL, self._arrive)
-            self._kernel.call_at(0, SCRAPE, self._scrape)
+            self.kernel.call_at(self._next.arrived_ns, ARRIVAL, self._arrive)
+            self.kernel.call_at(0, SCRAPE, self._scrape)
+            if self._faults is not None:
+                self._faults.start()
         with _without_garbage_collection():
-            events = self._kernel.run_calls(self._until_ns)
+            events = self.kernel.run_calls(self._until_ns)
         return self._result(events)
 
     @property
     def _now_s(self) -> float:
-        return self._kernel.now / 1e9
+        return self.kernel.now / 1e9
 
     # -- from the kernel to the core --
 
@@ -221,7 +248,7 @@ class Simulation:
         assert request is not None, "an arrival is scheduled for a request"
         following = self._next = next(self._requests, None)
         if following is not None:
-            self._kernel.call_at(following.arrived_ns, ARRIVAL, self._arrive)
+            self.kernel.call_at(following.arrived_ns, ARRIVAL, self._arrive)
         else:
             self._idle_since_ns = now_ns
         self._admit(request)
@@ -236,7 +263,7 @@ class Simulation:
         view = request.view
         arrivals = self._arrivals
         self._arrivals = arrivals + 1
-        self._flights[view.id] = _Flight(arrivals, request)
+        self._flights[view.id] = Flight(arrivals, request)
         self._deliver(Arrived(view.arrived_s, view))
         if self._on_progress is not None and not arrivals % 1024:
             self._on_progress(arrivals)
@@ -256,9 +283,11 @@ class Simulation:
         """Sample every replica, for the records and as gauges for the core."""
         if self._next is None and not self._turns:
             if not self._flights:
+                if self._faults is not None:  # more of them would come, for nobody
+                    self.kernel.stop(now_ns, number)
                 return
             if self._is_stuck(now_ns):
-                self._kernel.stop(now_ns, number)
+                self.kernel.stop(now_ns, number)
         sampled_s = now_ns / 1e9
         scraped: list[tuple[str, float, int, int, float]] = []
         for replica in self._replicas.values():
@@ -268,10 +297,11 @@ class Simulation:
             row = (now_ns, replica.index, running, waiting, used, busy_ns, prefill_ns, 0)
             self._samples.add(self._samples.pack(*row))
             usage = used / engine.scheduler.settings.usable_blocks
-            scraped.append((replica.id, sampled_s, running, waiting, usage))
+            if self._faults is None or not self._faults.is_silent(replica.id):
+                scraped.append((replica.id, sampled_s, running, waiting, usage))
         self._scraped.append(scraped)
-        self._kernel.call_at(now_ns + self._delay_ns, DELIVERY, self._deliver_gauges)
-        self._kernel.call_at(now_ns + self._scrape_ns, SCRAPE, self._scrape)
+        self.kernel.call_at(now_ns + self._delay_ns, DELIVERY, self._deliver_gauges)
+        self.kernel.call_at(now_ns + self._scrape_ns, SCRAPE, self._scrape)
 
     def _is_stuck(self, now_ns: int) -> bool:
         """Whether requests are held that nothing will ever release."""
@@ -290,31 +320,38 @@ class Simulation:
             if replica_id in self._replicas:
                 self._deliver(Gauges(now_s, replica_id, sampled_s, running, waiting, usage))
 
-    def _on_steps(self, replica: Replica, ended: Collection[_Flight], now_ns: int) -> None:
+    def _on_steps(self, replica: Replica, ended: Collection[Flight], now_ns: int) -> None:
         """A replica's step has ended: tell the core what a driver would see."""
         now_s = now_ns / 1e9
         engine = replica.engine
-        for flight in cast("list[_Flight]", engine.first_tokens):
-            if flight.request.view.streamed and not flight.withdrawn:
-                self._deliver(FirstToken(now_s, flight.name, flight.attempt))
+        if engine.first_tokens and self.core.wants_first_token:
+            for flight in cast("list[Flight]", engine.first_tokens):
+                if flight.request.view.streamed and not flight.withdrawn:
+                    self._deliver(FirstToken(now_s, flight.name, flight.attempt))
         for flight in ended:
             if flight.withdrawn:
-                self._deliver(Cancelled(now_s, flight.name, flight.attempt))
+                self._cancelled(flight)
                 continue
             output_tokens = flight.tokens - flight.prompt_tokens
             self._record(flight, FINISHED, output_tokens, now_ns)
             request = flight.request
             if request.next_turn is not None:
                 following = request.next_turn(now_ns)
-                number = self._kernel.call_at(following.arrived_ns, ARRIVAL, self._arrive_again)
+                number = self.kernel.call_at(following.arrived_ns, ARRIVAL, self._arrive_again)
                 self._turns[number] = following
             if self._predictor is not None:
                 self._predictor.observe(request.view, output_tokens)
             self._deliver(Finished(now_s, flight.name, flight.attempt, output_tokens))
-        for flight in cast("list[_Flight]", engine.aborted):
-            self._deliver(Cancelled(now_s, flight.name, flight.attempt))
+        for flight in cast("list[Flight]", engine.aborted):
+            self._cancelled(flight)
         if self._retiring and replica.id in self._retiring:
             self._retire_if_empty(replica.id)
+
+    def _cancelled(self, flight: Flight) -> None:
+        """Nothing is left of an attempt that was withdrawn."""
+        if not flight.over:
+            flight.over = True
+            self._deliver(Cancelled(self._now_s, flight.name, flight.attempt))
 
     def _deliver(self, event: Event) -> None:
         """Hand an event to the core and perform its actions; events that these raise at once
@@ -340,38 +377,40 @@ class Simulation:
             self._deliver(self._pending.pop(0))
 
     def _set_timer(self, when_s: float) -> None:
-        when_ns = max(ceil(when_s * NS_PER_S), self._kernel.now)
+        when_ns = max(ceil(when_s * NS_PER_S), self.kernel.now)
         while when_ns / 1e9 < when_s:
             when_ns += 1
         if when_ns != self._timer_ns:
             self._timer_ns = when_ns
-            self._kernel.call_at(when_ns, TIMER, self._tick)
+            self.kernel.call_at(when_ns, TIMER, self._tick)
 
     # -- performing actions --
 
     def _dispatch(self, action: Dispatch) -> None:
         flight = self._flights[action.request_id]
         if flight.attempt:
-            flight = self._flights[action.request_id] = _Flight(flight.index, flight.request)
-        replica = flight.replica = self._replicas[action.replica_id]
-        now_ns = flight.dispatched_ns = self._kernel.now
+            if flight.failed and self._faults is not None:
+                self._faults.note_retry(flight)
+            flight = self._flights[action.request_id] = Flight(flight.index, flight.request)
+        flight.dispatched_ns = self.kernel.now
         flight.attempt = action.attempt
         flight.priority = action.engine_priority
-        flight.arrival = float(now_ns)
-        if flight.prompt_tokens < replica.engine.scheduler.settings.max_model_len:
-            replica.take(flight, now_ns)
-        else:
-            self._deliver(Failed(self._now_s, flight.name, action.attempt, _TOO_LONG, False, False))
+        if self._faults is None or self._faults.lets_through(flight, action.replica_id):
+            self.hand_over(flight, action.replica_id)
 
     def _shed(self, action: Shed) -> None:
         refused = action.reason.endswith(_TOO_LONG)
+        if self._faults is not None and not refused and action.reason.startswith(_FAILED):
+            self._faults.counts.lost += 1
         self._record(self._flights[action.request_id], REFUSED if refused else SHED, 0)
 
     def _preempt(self, action: Preempt) -> None:
         flight = self._flights[action.request_id]
-        assert flight.replica is not None, "what is preempted was dispatched"
         flight.withdrawn = True
-        flight.replica.abort(flight, self._kernel.now)
+        if flight.replica is None:  # a fault keeps it on its way
+            self._cancelled(flight)
+        elif not flight.over:
+            flight.replica.abort(flight, self.kernel.now)
 
     def _launch(self, action: Launch) -> None:
         launched: tuple[ReplicaSpec, int] | str = "this cluster has no device to spare"
@@ -381,7 +420,7 @@ class Simulation:
             self._deliver(LaunchFailed(self._now_s, action.replica_id, launched))
             return
         spec, load_ns = launched
-        number = self._kernel.call_at(self._kernel.now + load_ns, DELIVERY, self._loaded)
+        number = self.kernel.call_at(self.kernel.now + load_ns, DELIVERY, self._loaded)
         self._loading[number] = spec
 
     def _loaded(self, now_ns: int, number: int) -> None:
@@ -397,12 +436,13 @@ class Simulation:
             spec.settings,
             spec.step_time,
             spec.coalesce,
-            reports_first_tokens=self.core.wants_first_token,
+            # What its client has seen decides whether an attempt that fails may be repeated.
+            reports_first_tokens=self.core.wants_first_token or self._faults is not None,
         )
         index = len(self._lives)
-        replica = Replica(self._kernel, index, spec.id, engine, self._on_steps)
+        replica = Replica(self.kernel, index, spec.id, engine, self._on_steps)
         self._replicas[spec.id] = replica
-        self._lives.append(_Life(replica, self._kernel.now))
+        self._lives.append(_Life(replica, self.kernel.now))
 
     def _retire(self, action: Retire) -> None:
         for number, spec in self._loading.items():
@@ -416,16 +456,72 @@ class Simulation:
 
     def _retire_if_empty(self, replica_id: str) -> None:
         replica = self._replicas[replica_id]
-        if not replica.engine.scheduler.has_requests:
+        detained = self._faults is not None and self._faults.detains(replica_id)
+        if not replica.engine.scheduler.has_requests and not detained:
             self._retiring.remove(replica_id)
             del self._replicas[replica_id]
-            self._lives[replica.index].retired_ns = self._kernel.now
+            self._lives[replica.index].retired_ns = self.kernel.now
             self._deliver(ReplicaChanged(self._now_s, replica_id, "gone"))
+
+    # -- for faults: see `FaultyCluster` --
+
+    def find_replica(self, replica_id: str, draining: bool = True) -> Replica | None:
+        """The replica if it is there; with `draining` False, None for one that drains."""
+        if replica_id in self._retiring and not draining:
+            return None
+        return self._replicas.get(replica_id)
+
+    def flights_in(self, replica: Replica) -> list[Flight]:
+        """The attempts that its engine has, in order of arrival."""
+        return [f for f in self._flights.values() if f.replica is replica and not f.over]
+
+    def hand_over(self, flight: Flight, replica_id: str) -> None:
+        """The request has reached its replica."""
+        replica = flight.replica = self._replicas[replica_id]
+        now_ns = self.kernel.now
+        flight.arrival = float(now_ns)
+        if flight.prompt_tokens < replica.engine.scheduler.settings.max_model_len:
+            replica.take(flight, now_ns)
+        else:
+            self._deliver(Failed(self._now_s, flight.name, flight.attempt, _TOO_LONG, False, False))
+
+    def fail(self, flight: Flight, reason: str, worker_fault: bool = True) -> None:
+        """The attempt is over, unless it was already."""
+        if flight.withdrawn:
+            self._cancelled(flight)
+        if flight.over:
+            return
+        flight.withdrawn = flight.over = flight.failed = True
+        subject = (self._now_s, flight.name, flight.attempt)
+        self._deliver(Failed(*subject, reason, not flight.shown, worker_fault))
+
+    def lose(self, replica: Replica, until_ns: int) -> None:
+        """The replica dies, and is back then, empty. The core knows."""
+        now_ns = self.kernel.now
+        replica.die(now_ns)
+        del self._replicas[replica.id]
+        self._lives[replica.index].retired_ns = now_ns
+        for flight in self.flights_in(replica):
+            self.fail(flight, BROKEN)
+        self._deliver(ReplicaChanged(self._now_s, replica.id, "starting"))
+        number = self.kernel.call_at(until_ns, DELIVERY, self._loaded)
+        self._loading[number] = next(spec for spec in self._specs if spec.id == replica.id)
+
+    def set_up(self, replica_id: str, is_up: bool) -> None:
+        """The core learns that the replica takes requests, or takes none."""
+        state = "ready" if is_up else "starting"
+        if replica_id not in self._retiring:
+            self._deliver(ReplicaChanged(self._now_s, replica_id, state))
+
+    def let_go(self, replica_id: str) -> None:
+        """No fault keeps anything of a replica back any more; one that drains may go."""
+        if replica_id in self._retiring:
+            self._retire_if_empty(replica_id)
 
     # -- recording --
 
     def _record(
-        self, flight: _Flight, outcome: int, output_tokens: int, finished_ns: int = -1
+        self, flight: Flight, outcome: int, output_tokens: int, finished_ns: int = -1
     ) -> None:
         """Write the request's row and forget the request."""
         del self._flights[flight.name]
@@ -457,7 +553,8 @@ class Simulation:
 
     def _result(self, events: int) -> SeedResult:
         for life in self._lives:
-            life.replica.engine.catch_up(self._kernel.now)
+            if not life.retired_ns:
+                life.replica.engine.catch_up(self.kernel.now)
         for flight in list(self._flights.values()):
             self._record(flight, UNFINISHED, _outputs_so_far(flight))
         requests = self._rows.arrays()
@@ -468,10 +565,11 @@ class Simulation:
             requests={name: column[order] for name, column in requests.items()},
             samples=self._samples.arrays(),
             replicas=tuple([_totals(life) for life in self._lives]),
-            ended_ns=self._kernel.now,
+            ended_ns=self.kernel.now,
             traffic_classes=tuple(self._traffic_classes) or ("",),
             tenants=tuple(self._tenants) or ("",),
             events=events,
+            faults=None if self._faults is None else self._faults.counts,
         )
 
 
@@ -515,7 +613,7 @@ def _ready(spec: ReplicaSpec, now_s: float) -> ReplicaChanged:
     )
 
 
-def _outputs_so_far(flight: _Flight) -> int:
+def _outputs_so_far(flight: Flight) -> int:
     if flight.replica is None:
         return 0
     return flight.replica.engine.scheduler.tokens_of(flight) - flight.prompt_tokens

@@ -100,8 +100,8 @@ class WorkerConfig(Strict):
     None: the lowest that no other entry names. Empty: the replica runs without cards."""
     start_limit_s: Positive | None = None
     """How long until it answers; None: 1800, or 2700 for several cards."""
-    log_dir: str = Field(default="logs", min_length=1)
-    """Folder for the server's output, one file a replica."""
+    log_dir: str | None = Field(default=None, min_length=1)
+    """Folder for the server's output, one file a replica; None: `logs` in the deployment's own."""
 
     image: str | None = Field(default=None, min_length=1)
     """What the container is made from; for kind `container`, and required there."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import replace
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,18 +15,18 @@ from viisim.cli.run import Overrides
 from viisim.errors import InputError
 
 if TYPE_CHECKING:
-    from policies.core import SchedulerCore
-    from policies.interface import Action, Event
-    from policies.journal import Segment
     from viisim.config import Experiment
-    from viisim.journal import JournalWriter
-
-log = logging.getLogger(__name__)
 
 
 def deploy(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The experiment (YAML).")],
     set_: Overrides = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what fits on which card, and start nothing.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the workers' commands, and start nothing.")
+    ] = False,
     journal: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write every decision there, for `viisim replay`."),
@@ -36,9 +35,21 @@ def deploy(
         int, typer.Option(min=1, help="Size of a journal file; then the next one begins.")
     ] = 64,
     journal_files: Annotated[int, typer.Option(min=2, help="The latest so many are kept.")] = 16,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Workers' logs, and what must outlast a crash. "
+            "[dim]\\[default: ~/.local/state/viisim/NAME][/dim]",
+            show_default=False,
+        ),
+    ] = None,
     speed: Annotated[
         float, typer.Option(help="Of simulated workers; 10: ten seconds pass in one.")
     ] = 1.0,
+    faults: Annotated[
+        bool, typer.Option("--faults", help="Let the file's faults happen to simulated workers.")
+    ] = False,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve a public address without keys.")
     ] = False,
@@ -49,83 +60,70 @@ def deploy(
     curl -N 127.0.0.1:8080/v1/completions -H 'content-type: application/json' \\
       -d '{"model": "qwen3-vl-8b-awq", "prompt": "hello", "max_tokens": 8, "stream": true}'
 
-    Simulated replicas are started here; those of kind `url` are taken as they run. Ctrl-C ends it.
+    Simulated, vllm and container replicas are started here and restarted when they end; those of
+    kind `url` are taken as they run. SIGHUP has the file read again: workers are added, drained
+    and ended, the policy changes, and no request is lost. Ctrl-C ends it, once what is under way
+    has been answered.
     """
     from policies.core import SchedulerCore
     from policies.journal import Segment
-    from runtime.access import Client
-    from runtime.app import make_app
-    from runtime.cluster import SimulatedProcesses, client_of, planned, wait_until_healthy
-    from runtime.proxy import Limits
-    from runtime.serve import run, serve
+    from runtime.deployment import Deployment
+    from runtime.processes import Home
+    from runtime.rolling_journal import RollingJournal
+    from runtime.serve import run
     from viisim.config import load_experiment, resolved
 
     overrides = set_ or []
     experiment = load_experiment(file, overrides)
-    host, _, port = experiment.deploy.listen.rpartition(":")
-    _require_keys_in_public(experiment, host, insecure)
-    replicas = planned(experiment)
-    processes = SimulatedProcesses()
-
-    async def main(core: SchedulerCore, writer: RollingJournal | None) -> None:
-        workers = [client_of(replica) for replica in replicas]
-        for worker, replica in zip(workers, replicas, strict=True):
-            limit_s = 10.0 if replica.entry.worker.kind == "url" else 60.0
-            await wait_until_healthy(worker, limit_s, processes.have_ended)
-        settings = experiment.deploy
-        app = make_app(
-            core,
-            workers,
-            limits=Limits(
-                settings.max_body_bytes,
-                settings.default_output_tokens,
-                settings.body_timeout_s,
-                settings.no_worker_wait_s,
-            ),
-            token_count=token_count,
-            clients=[
-                Client(
-                    key.sha256,
-                    key.tenant,
-                    key.traffic_class,
-                    key.priority,
-                    key.best_priority,
-                    key.max_requests,
-                    key.rate_per_s,
-                    key.burst,
-                )
-                for key in settings.keys
-            ],
-            admin_sha256=settings.admin_sha256,
-            scrape_s=experiment.cluster.scrape_s,
-            journal=writer,
-            passed_on=settings.pass_on,
-        )
-        await serve(
-            app,
-            host,
-            int(port),
-            head_timeout_s=settings.head_timeout_s,
-            max_connections=settings.max_connections,
-            on_ready=lambda: typer.echo(f"serving http://{host}:{port}/v1 (Ctrl-C ends it)"),
-        )
-
+    if plan or dry_run:
+        _show(experiment, plan, dry_run)
+        return
+    _require_keys_in_public(experiment, insecure)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with ExitStack() as stack:
-        stack.callback(processes.stop)
-        simulated = [replica for replica in replicas if replica.entry.worker.kind == "simulated"]
-        processes.start(file, overrides, simulated, speed)
+        home = stack.enter_context(Home(state or _default_state(experiment)))
+        for pid in home.end_leftovers():
+            typer.echo(f"ended process {pid}, which an earlier start left behind")
         limits = experiment.limits.limits()
-        core = SchedulerCore(experiment.policy.make(), limits=limits)
+        core = SchedulerCore(experiment.policy.make(), limits=limits, folder=file.parent)
         writer = None
         if journal is not None:
             head = Segment(resolved(experiment)["policy"], limits=limits)
             writer = RollingJournal(journal, head, core, journal_mib * 2**20, journal_files)
             stack.callback(writer.close)
-        run(main(core, writer))
+        deployment = Deployment(
+            file,
+            overrides,
+            home,
+            core,
+            journal=writer,
+            speed=speed,
+            with_faults=faults,
+            say=typer.echo,
+        )
+        run(deployment.serve())
 
 
-def _require_keys_in_public(experiment: Experiment, host: str, insecure: bool) -> None:
+def _show(experiment: Experiment, plan: bool, dry_run: bool) -> None:
+    from runtime.cluster import planned
+    from viisim.cli.dry_run import print_commands
+    from viisim.cli.placement import print_placement
+
+    if plan:
+        print_placement(experiment)
+    if dry_run:
+        print_commands(experiment, planned(experiment))
+
+
+def _default_state(experiment: Experiment) -> Path:
+    """By the XDG base directory specification."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local/state") / "viisim" / experiment.name
+
+
+def _require_keys_in_public(experiment: Experiment, insecure: bool) -> None:
     """Who can reach a public address without a key can spend the cards."""
+    host = experiment.deploy.listen.rpartition(":")[0]
     try:
         is_local = ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -13,6 +13,7 @@ from viisim.errors import InputError
 
 if TYPE_CHECKING:
     from runtime.load import Record
+    from viisim.metrics import Slo
     from viisim.workload.interface import Workload
 
 
@@ -36,6 +37,10 @@ def load(
     exact_lengths: Annotated[
         bool, typer.Option(help="Answers of the workload's lengths (ignore_eos, a vLLM option).")
     ] = True,
+    token_ids: Annotated[
+        str,
+        typer.Option(metavar="FROM:TO", help="What prompts are made of, for small vocabularies."),
+    ] = "100:30000",
     set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -56,7 +61,8 @@ def load(
         raise InputError(f"{url}: give an address, http://HOST:PORT")
     if not speed > 0:
         raise InputError(f"--speed {speed}: give a number above 0")
-    source = _workload(workload, model, set_ or [])
+    vocabulary = _range(token_ids)
+    source, slo = _workload(workload, model, set_ or [])
     total = min(source.total_requests, limit or source.total_requests)
     records: list[Record] = []
 
@@ -68,7 +74,12 @@ def load(
                 note(next(done), total)
 
         client = LoadClient(
-            url, key=key, exact_lengths=exact_lengths, speed=speed, on_done=answered
+            url,
+            key=key,
+            exact_lengths=exact_lengths,
+            speed=speed,
+            vocabulary=vocabulary,
+            on_done=answered,
         )
 
         async def main() -> None:
@@ -77,7 +88,7 @@ def load(
         run(main())
     if out is not None:
         out.write_text("".join(record.line() + "\n" for record in records), encoding="utf-8")
-    summary = summarised(records)
+    summary = summarised(records, slo, speed)
     if as_json:
         show_json(summary)
     else:
@@ -86,20 +97,32 @@ def load(
         raise typer.Exit(1)
 
 
-def _workload(path: Path, model: str | None, overrides: list[str]) -> Workload:
+def _range(text: str) -> range:
+    low, _, high = text.partition(":")
+    if not (low.isdecimal() and high.isdecimal() and int(low) + 1 < int(high)):
+        raise InputError(f"--token-ids {text}: give two token ids or more, such as 100:30000")
+    return range(int(low), int(high))
+
+
+def _workload(path: Path, model: str | None, overrides: list[str]) -> tuple[Workload, Slo | None]:
+    """The workload, and the objectives that an experiment judges it by."""
     if path.suffix in (".yaml", ".yml"):
         from viisim.config import load_experiment
 
-        return load_experiment(path, overrides).build_workload()
+        experiment = load_experiment(path, overrides)
+        return experiment.build_workload(), experiment.slo
     from viisim.workload.trace import TraceReplay
 
     if model is None:
         raise InputError(f"{path}: say with --model what the trace's requests ask for")
-    return TraceReplay(path=path, model=model)
+    return TraceReplay(path=path, model=model), None
 
 
-def summarised(records: list[Record]) -> dict[str, Any]:
-    """Latencies of the whole answers, and how many failed."""
+def summarised(records: list[Record], slo: Slo | None = None, speed: float = 1.0) -> dict[str, Any]:
+    """Latencies of the whole answers, and how many failed; with an SLO also how many met it.
+
+    Everything is on the client's clock; an SLO is not, and is met `speed` times as soon.
+    """
     import numpy as np
 
     from runtime.load import inter_token_s, late_share
@@ -116,8 +139,10 @@ def summarised(records: list[Record]) -> dict[str, Any]:
         if r.streamed and r.output_tokens > 1 and r.token_s
     ]
     span_s = max((r.due_s + (r.e2e_s or 0) for r in whole), default=0.0)
+    met = None if slo is None else _met(whole, slo, speed)
     return {
         "requests": len(records),
+        "met_slo": met,
         "failed": len(records) - len(whole),
         "first_error": next((r.error for r in records if r.error), ""),
         "late_share": late_share(records),
@@ -134,6 +159,29 @@ def summarised(records: list[Record]) -> dict[str, Any]:
     }
 
 
+def _met(whole: list[Record], slo: Slo, speed: float) -> int:
+    """How many of these whole answers a simulation would say had met the SLO."""
+    import numpy as np
+
+    from viisim.metrics import meets_slo
+    from viisim.records import FINISHED
+
+    def ns(seconds: list[float | None]) -> Any:
+        return np.array([(value or 0.0) * speed * 1e9 for value in seconds])
+
+    classes = sorted({record.traffic_class for record in whole}) or [""]
+    columns = {
+        "traffic_class": np.array([classes.index(r.traffic_class) for r in whole], dtype=np.intp),
+        "output_tokens": np.array([r.output_tokens for r in whole]),
+        "streamed": np.array([r.streamed for r in whole], dtype=bool),
+        "arrived_ns": np.zeros(len(whole)),
+        "first_token_ns": ns([r.ttft_s for r in whole]),
+        "finished_ns": ns([r.e2e_s for r in whole]),
+        "outcome": np.full(len(whole), FINISHED),
+    }
+    return int(meets_slo(columns, slo, classes).sum())
+
+
 def _show(summary: dict[str, Any]) -> None:
     table = plain_table("seconds", "mean", "p50", "p90", "p99")
     for name, found in summary.items():
@@ -146,5 +194,7 @@ def _show(summary: dict[str, Any]) -> None:
         f"{summary['late_share']:.1%} left late, "
         f"{summary['throughput_requests_per_s']:.3g} requests/s"
     )
+    if summary["met_slo"] is not None:
+        typer.echo(f"{summary['met_slo']} met the SLO of the experiment")
     if summary["first_error"]:
         typer.echo(f"first error: {summary['first_error']}", err=True)

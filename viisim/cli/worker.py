@@ -37,7 +37,7 @@ def worker(
     ] = None,
     speed: Annotated[float, typer.Option(help="10: ten seconds pass in one.")] = 1.0,
     set_: Overrides = None,
-    until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
+    fork_server: Annotated[bool, typer.Option("--fork-server", hidden=True)] = False,
 ) -> None:
     """Serve simulated replicas behind the HTTP API of a vLLM server, each as its own process.
 
@@ -51,22 +51,45 @@ def worker(
 
     if not speed > 0:
         raise InputError(f"--speed {speed}: give a number above 0")
-    chosen = _chosen(load_experiment(file, set_ or []), replica or [])
+    experiment = load_experiment(file, set_ or [])
+    if fork_server:
+        _fork_on_request(experiment, speed)
+        return
+    chosen = _chosen(experiment, replica or [])
     ports = port or [8000]
     if len(ports) != len(chosen):
         raise InputError(f"--port: {len(chosen)} replicas need as many ports, not {len(ports)}")
     if len(chosen) == 1:
-        _serve(chosen[0], ports[0], speed, until_eof)
+        _serve(chosen[0], ports[0], speed)
         return
     _import_all()
     children: list[int] = []
     for one, its_port in zip(chosen, ports, strict=True):
         child = os.fork()
         if not child:
-            _serve(one, its_port, speed, until_eof)
+            _serve(one, its_port, speed)
             return
         children.append(child)
     _outlive(children)
+
+
+def _fork_on_request(experiment: Experiment, speed: float) -> None:
+    """For each line `REPLICA PORT` of standard input fork a worker and print its process id; at
+    the end of the input, end with all of them. See `runtime.fork_server`."""
+    _import_all()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever asked watches them
+    ours, theirs = os.pipe()
+    for line in iter(sys.stdin.readline, ""):
+        replica, port = line.split()
+        child = os.fork()
+        if not child:
+            os.close(theirs)
+            os.dup2(os.open(os.devnull, os.O_RDWR), sys.stdin.fileno())
+            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _serve(_chosen(experiment, [replica])[0], int(port), speed, ours)
+            return
+        typer.echo(child)  # which flushes
 
 
 def _chosen(experiment: Experiment, ids: Sequence[str]) -> list[SimulatedReplica]:
@@ -89,7 +112,10 @@ def _import_all() -> None:
     import runtime.simulated_api  # noqa: F401 - for the processes that part from this one
 
 
-def _serve(replica: SimulatedReplica, port: int, speed: float, until_eof: bool) -> None:
+def _serve(
+    replica: SimulatedReplica, port: int, speed: float, ends_with: int | None = None
+) -> None:
+    """Serve until told to stop, or until the other end of the pipe `ends_with` is closed."""
     from runtime.serve import run, serve
     from runtime.simulated_api import make_app
     from runtime.simulated_worker import SimulatedWorker
@@ -103,20 +129,16 @@ def _serve(replica: SimulatedReplica, port: int, speed: float, until_eof: bool) 
             replica.profile, settings.max_num_seqs, slowdown * replica.slowdown
         ),
         speed,
+        # Started again under a fault, it must not look well before the fault is upon it.
+        start_s=0.25 if ends_with is not None else 0.0,
     )
 
     async def main() -> None:
-        if until_eof:
-            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_at_eof)
+        if ends_with is not None:
+            asyncio.get_running_loop().add_reader(ends_with, os._exit, 0)
         await serve(make_app(simulated), "127.0.0.1", port)
 
     run(main())
-
-
-def _end_at_eof() -> None:
-    """End with the process at the other end of standard input, however that ended."""
-    if not os.read(sys.stdin.fileno(), 4096):
-        os._exit(0)
 
 
 def _outlive(children: Sequence[int]) -> None:

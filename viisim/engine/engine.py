@@ -85,6 +85,14 @@ class Engine:
         self._aborts.append(sequence)
         return self._cut(now_ns, step_ended) if self._train > 1 else None
 
+    def change_step_time(
+        self, step_time: StepTime, now_ns: int, step_ended: bool = False
+    ) -> int | None:
+        """From the next step on, steps take this long; returns the new time of the next event if
+        that has changed."""
+        self.step_time = step_time
+        return self._cut(now_ns, step_ended) if self._train > 1 else None
+
     def finish(self, now_ns: int) -> tuple[Collection[Sequence], int | None]:
         """The train has run: take its output and start the next one. Returns who ended, and the
         time of the next event, None when there is no work left."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from viisim.engine.engine import Engine
 from viisim.engine.sequence import Sequence
+from viisim.engine.step_time import StepTime
 from viisim.kernel import Kernel
 
 #: Priorities of the simulation: what is due at one nanosecond happens in this order.
@@ -41,6 +42,9 @@ class Replica:
         self._priority = STEP_END + index
         self._on_steps = on_steps
         self._call = -1
+        self._has_died = False
+        self._withheld: list[Sequence] | None = None
+        """What has ended while nobody could hear of it; None while everybody can."""
 
     def take(self, sequence: Sequence, now_ns: int) -> None:
         """A request is dispatched to this replica."""
@@ -52,11 +56,41 @@ class Replica:
 
     def abort(self, sequence: Sequence, now_ns: int) -> None:
         """Withdraw a sequence; it is gone after the step in progress."""
+        if self._has_died:
+            return  # it is gone already
         kernel = self._kernel
         step_ended = kernel.ended_ns == now_ns and kernel.ended_priority > self._priority
         end_ns = self.engine.abort(sequence, now_ns, step_ended)
         if end_ns is not None:
             self._call = kernel.call_at(end_ns, self._priority, self._step_end)
+
+    def change_step_time(self, step_time: StepTime, now_ns: int) -> None:
+        """From the next step on, steps take this long."""
+        kernel = self._kernel
+        step_ended = kernel.ended_ns == now_ns and kernel.ended_priority > self._priority
+        end_ns = self.engine.change_step_time(step_time, now_ns, step_ended)
+        if end_ns is not None:
+            self._call = kernel.call_at(end_ns, self._priority, self._step_end)
+
+    def withhold(self) -> None:
+        """From now on the engine computes unheard, until `release`."""
+        self._withheld = []
+
+    def release(self, now_ns: int) -> None:
+        """What was withheld comes now, all of it at once."""
+        ended, self._withheld = self._withheld, None
+        for sequence in self.engine.first_tokens:
+            sequence.first_token_ns = now_ns
+        if ended or self.engine.first_tokens or self.engine.aborted:
+            self._tell(ended or (), now_ns)
+
+    def die(self, now_ns: int) -> None:
+        """The engine computes no more, and what it has not told nobody will hear."""
+        self.engine.catch_up(now_ns)
+        for sequence in self.engine.first_tokens:
+            sequence.first_token_ns = -1
+        self._has_died = True
+        self._call = -1
 
     def _step_end(self, now_ns: int, number: int) -> None:
         if number != self._call:
@@ -67,6 +101,12 @@ class Replica:
         if end_ns is not None:
             self._call = kernel.call_at(end_ns, self._priority, self._step_end)
         if ended or engine.first_tokens or engine.aborted:
-            self._on_steps(self, ended, now_ns)
-            engine.first_tokens.clear()
-            engine.aborted.clear()
+            if self._withheld is None:
+                self._tell(ended, now_ns)
+            else:
+                self._withheld.extend(ended)
+
+    def _tell(self, ended: Collection[Sequence], now_ns: int) -> None:
+        self._on_steps(self, ended, now_ns)
+        self.engine.first_tokens.clear()
+        self.engine.aborted.clear()
