@@ -21,6 +21,7 @@ from aiohttp import web
 
 from policies.core import SchedulerCore
 from policies.interface import Launch
+from policies.interface import Limits as CoreLimits
 from policies.registry import PolicySpecError
 from runtime.access import Client
 from runtime.app import DRIVER, KEYS, make_app
@@ -80,10 +81,8 @@ class Deployment:
         self._watch = CardWatch(self._cards, self._workers_on)
         self._app = self._make_app(core, journal)
         self._driver: Driver = self._app[DRIVER]
-        kinds = {entry.worker.kind for entry in self._experiment.cluster.replicas}
-        # Of simulated workers alone, patience is simulated time too.
         patience = Patience(max_restarts=self._experiment.deploy.max_restarts)
-        patience = patience.at_speed(speed if kinds == {"simulated"} else 1.0)
+        patience = patience.at_speed(time_scale(self._experiment, speed))
         self._supervisor = Supervisor(self._driver.set_up, patience)
 
     def _open_cards(self) -> Cards:
@@ -105,7 +104,7 @@ class Deployment:
             ),
             clients=_clients(settings),
             admin_sha256=settings.admin_sha256,
-            scrape_s=self._experiment.cluster.scrape_s,
+            scrape_s=self._experiment.cluster.scrape_s / time_scale(self._experiment, self._speed),
             journal=journal,
             launcher=self,
             on_fault=lambda worker_id: self._supervisor.doubt(worker_id),
@@ -154,7 +153,8 @@ class Deployment:
                 task.cancel()
 
     async def _play_faults(self) -> None:
-        while not self._driver.core.counts["arrived"]:  # the clock of a simulation starts there
+        # The clock of a simulation starts with the first request.
+        while not self._driver.core.counts["arrived"]:  # noqa: ASYNC110 - the core sets no event
             await asyncio.sleep(0.01)
         seed = self._experiment.seeds[0]
         simulated = {
@@ -297,7 +297,7 @@ class Deployment:
             cards_of(wanted)
             new, gone = self._compared(wanted)
             policy, known = resolved(wanted)["policy"], resolved(self._experiment)["policy"]
-            limits = wanted.limits.limits()
+            limits = limits_at(wanted, self._speed)
             self._app[KEYS].replace(_clients(wanted.deploy))
             if policy != known or limits != self._driver.core.limits:
                 self._driver.change(limits, policy if policy != known else None)
@@ -330,6 +330,23 @@ class Deployment:
             wanted, number = f"r{number}", number + 1
         self._used_ids.add(wanted)
         return wanted
+
+
+def time_scale(experiment: Experiment, speed: float) -> float:
+    """What the file's seconds are divided by: its workers' speed, if all of them are simulated."""
+    kinds = {entry.worker.kind for entry in experiment.cluster.replicas}
+    return speed if kinds == {"simulated"} else 1.0
+
+
+def limits_at(experiment: Experiment, speed: float) -> CoreLimits:
+    """The core's limits, in the time in which the workers live."""
+    limits, scale = experiment.limits.limits(), time_scale(experiment, speed)
+    waits_s = limits.queue_timeout_s
+    return replace(
+        limits,
+        eject_s=limits.eject_s / scale,
+        queue_timeout_s=None if waits_s is None else waits_s / scale,
+    )
 
 
 def _identity(entry: ReplicaConfig) -> str:

@@ -1,6 +1,7 @@
 """`viisim deploy` as a process: ready, served through the official client, gone without a trace;
 and the journal it keeps."""
 
+import asyncio
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from policies.interface import Arrived, Finished, ReplicaChanged
@@ -153,6 +155,76 @@ class TestProcess:
             )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert f"error: {listen}: cannot listen there" in done.stderr
+
+
+RELOADED = [("count: 2", "count: 4"), ("least_loaded", "round_robin"), ("count: 4", "count: 1")]
+"""Workers are added, the policy changes, workers go."""
+
+
+async def ask_many(url: str, number: int, at_once: int) -> list[tuple[int, int]]:
+    """Status and tokens of so many requests."""
+    body = {"model": MODEL, "prompt": "x" * 50, "max_tokens": 20}
+    left, answers = iter(range(number)), []
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        for _ in left:
+            async with session.post(f"{url}/v1/completions", json=body) as answer:
+                usage = (await answer.json()).get("usage", {})
+                answers.append((answer.status, usage.get("completion_tokens", 0)))
+
+    async with aiohttp.ClientSession() as session:
+        await asyncio.gather(*(client(session) for _ in range(at_once)))
+    return answers
+
+
+@pytest.mark.slow
+class TestReload:
+    def reload(self, deployment: Deployment, said: Iterator[str]) -> str:
+        """Have the file read again; what the deployment says of it."""
+        deployment.process.send_signal(signal.SIGHUP)
+        return next(said)
+
+    def test_no_request_is_lost_over_reloads(self, tmp_path: Path):
+        file = small_file(tmp_path)
+        text = file.read_text()
+        with deployed(file) as deployment:
+            assert deployment.process.stdout is not None
+            said = iter(deployment.process.stdout.readline, "")
+            reports = []
+
+            async def reload_thrice() -> None:
+                nonlocal text
+                for old, new in RELOADED:
+                    await asyncio.sleep(0.3)
+                    assert old in text
+                    text = text.replace(old, new)
+                    file.write_text(text)
+                    reports.append(await asyncio.to_thread(self.reload, deployment, said))
+
+            async def scenario() -> list[tuple[int, int]]:
+                asking = asyncio.create_task(ask_many(deployment.url, 2000, 40))
+                await reload_thrice()
+                return await asking
+
+            answers = asyncio.run(scenario())
+            ids = [model["id"] for model in deployment.get("/v1/models")["data"]]
+        assert (len(answers), set(answers), ids) == (2000, {(200, 20)}, [MODEL])
+        assert reports == [
+            "reloaded: 2 workers added, 0 retired\n",
+            "reloaded: 0 workers added, 0 retired\n",
+            "reloaded: 0 workers added, 3 retired\n",
+        ]
+
+    def test_a_file_that_is_wrong_changes_nothing(self, tmp_path: Path):
+        file = small_file(tmp_path)
+        with deployed(file) as deployment:
+            assert deployment.process.stdout is not None
+            file.write_text(file.read_text().replace("least_loaded", "lest_loaded"))
+            said = self.reload(deployment, iter(deployment.process.stdout.readline, ""))
+            answers = asyncio.run(ask_many(deployment.url, 1, 1))
+        assert "not reloaded: " in said
+        assert "Did you mean 'least_loaded'" in said
+        assert answers == [(200, 20)]
 
 
 class TestRollingJournal:

@@ -532,7 +532,7 @@ class TestTimers:
         run(scenario)
 
     def test_another_policy_is_told_what_was_shown_before_it_came(self):
-        # An urgent request would take the running request's place, had its first byte not been shown.
+        # An urgent request would take the running one's place, had its first byte not been shown.
         async def scenario() -> None:
             worker = FakeWorker("r0", max_num_seqs=1, piece_s=0.01, answers=lambda *_: (1,) * 20)
             subject, memory = driver(LeastLoaded(), worker)

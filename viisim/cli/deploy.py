@@ -67,7 +67,7 @@ def deploy(
     """
     from policies.core import SchedulerCore
     from policies.journal import Segment
-    from runtime.deployment import Deployment
+    from runtime.deployment import Deployment, limits_at
     from runtime.processes import Home
     from runtime.rolling_journal import RollingJournal
     from runtime.serve import run
@@ -84,7 +84,7 @@ def deploy(
         home = stack.enter_context(Home(state or _default_state(experiment)))
         for pid in home.end_leftovers():
             typer.echo(f"ended process {pid}, which an earlier start left behind")
-        limits = experiment.limits.limits()
+        limits = limits_at(experiment, speed)
         core = SchedulerCore(experiment.policy.make(), limits=limits, folder=file.parent)
         writer = None
         if journal is not None:
