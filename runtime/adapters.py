@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.driver import Reading, WorkerError
 from runtime.metrics_text import VLLM_GAUGES, GaugeNames, read_gauges
+from runtime.worker import Reading, WorkerError
 from viisim.documents import nearest
 from viisim.errors import InputError
 

@@ -17,7 +17,7 @@ from policies.state import Lane, Replica
 from runtime.access import Keys, NoAccess
 from runtime.driver import Driver
 from runtime.errors import ApiError
-from runtime.proxy_metrics import Watch
+from runtime.watch import Watch
 
 BY_ADMIN = "admin"
 """Why a worker is drained: one that is too hot stays drained when an operator takes it back."""

@@ -17,12 +17,14 @@ from policies.interface import Policy
 from runtime.access import Client, Keys
 from runtime.admin import Admin, Operators
 from runtime.dashboard import Dashboard
-from runtime.driver import Driver, Journal, Launcher
+from runtime.driver import Driver
 from runtime.errors import openai_errors
 from runtime.http_worker import HttpWorker
 from runtime.proxy import GENERATING, Limits, Proxy
-from runtime.proxy_metrics import ProxyMetrics, Watch, WatchedDriver, asked_model
+from runtime.proxy_metrics import ProxyMetrics
 from runtime.tokens import TokenCount
+from runtime.watch import Watch, WatchedDriver, asked_model
+from runtime.worker import Journal, Launcher
 
 DRIVER = web.AppKey("DRIVER", Driver)
 

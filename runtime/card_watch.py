@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from runtime.card_readers import Card, CardReading, Cards
 from runtime.driver import Driver
 from runtime.power_caps import PowerCaps, restore_leftovers
-from runtime.telemetry import Card, CardReading, Cards, Telemetry
+from runtime.telemetry import Telemetry
 from runtime.thermal_guard import GuardAnswer, ThermalGuard
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class NoCards:
     cards: tuple[Card, ...] = ()
 
     def read(self, card: Card) -> CardReading:
-        """See `runtime.telemetry.Cards`: there is none to be read."""
+        """See `runtime.card_readers.Cards`: there is none to be read."""
         raise KeyError(card)
 
 

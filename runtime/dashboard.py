@@ -15,7 +15,7 @@ from aiohttp import web
 
 from runtime.admin import Operators, lane_state, worker_state
 from runtime.driver import Driver
-from runtime.proxy_metrics import Ended, Watch
+from runtime.watch import Ended, Watch
 
 PERIOD_S = 1.0
 LATENCY_WINDOW_S = 300.0

@@ -25,11 +25,13 @@ from policies.interface import Limits as CoreLimits
 from policies.registry import PolicySpecError
 from runtime.access import Client
 from runtime.app import DRIVER, KEYS, make_app
+from runtime.card_metrics import CardMetrics
+from runtime.card_readers import Cards, open_cards
 from runtime.card_watch import CardWatch, NoCards, capped
 from runtime.cards import STARTED, cards_of
 from runtime.cluster import Planned, client_of, free_ports, planned
 from runtime.commands import command_of
-from runtime.driver import Driver, Journal, WorkerError
+from runtime.driver import Driver
 from runtime.fault_injection import inject
 from runtime.fork_server import ForkServer
 from runtime.http_worker import HttpWorker
@@ -37,8 +39,8 @@ from runtime.processes import Home, WorkerProcess
 from runtime.proxy import Limits
 from runtime.serve import listening, stop_signals
 from runtime.supervisor import Patience, Supervisor
-from runtime.telemetry import CardMetrics, Cards, open_cards
 from runtime.tokens import Tokenizer
+from runtime.worker import Journal, WorkerError
 from viisim.config import DeployConfig, Experiment, ReplicaConfig, load_experiment, resolved
 from viisim.errors import InputError
 
@@ -252,7 +254,7 @@ class Deployment:
             start_limit_s=settings.start_limit(entry.devices),
         )
 
-    # -- see runtime.driver.Launcher --
+    # -- see runtime.worker.Launcher --
 
     async def launch(self, action: Launch) -> HttpWorker:
         """Start a worker like those of the file for the model on so many devices."""

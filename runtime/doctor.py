@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from runtime.card_readers import AMD, read_text
 from runtime.doctor_cards import (
     GIB,
     SeenCard,
@@ -35,7 +36,6 @@ from runtime.stacks import (
     judge_triton,
     judge_vllm,
 )
-from runtime.telemetry import AMD, read_text
 
 HOST_BYTES_PER_WORKER = 13.1e9
 """Host memory that one vLLM worker was seen to use (RX 9070 XT record, FACTS section 1)."""

@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 
 from policies.interface import StepCosts
 from runtime.adapters import VLLM, Adapter, error_of
-from runtime.driver import Job, Reading, WorkerError
+from runtime.driver import Job
 from runtime.exchange import Exchange
 from runtime.http1 import Head, ProtocolError, payload
 from runtime.reply import Reply
 from runtime.upstream import Connection, Pool, UpstreamError
+from runtime.worker import Reading, WorkerError
 from viisim.errors import InputError
 
 PROBE_S = 3.0
@@ -72,7 +73,7 @@ class HttpWorker:
         self._host = f"host: {urlsplit(url).netloc}\r\n".encode()
 
     async def answer(self, job: Job) -> int:
-        """See `runtime.driver.Worker.answer`."""
+        """See `runtime.worker.Worker.answer`."""
         exchange: Exchange = job.client
         body = exchange.body
         if self._forwards_priority:
@@ -112,7 +113,7 @@ class HttpWorker:
         return collected.status, {"Content-Type": collected.content_type}, collected.content()
 
     async def gauges(self) -> Reading:
-        """See `runtime.driver.GaugedWorker`. Of a server that tells none they stay infinitely old:
+        """See `runtime.worker.GaugedWorker`. Of a server that tells none they stay infinitely old:
         0 would be taken for a worker without work."""
         if self.adapter.gauges is None:
             raise WorkerError(f"{self.adapter.title} tells no gauges")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
 
-from runtime.driver import Reading, WorkerError
+from runtime.worker import Reading, WorkerError
 
 
 @dataclass(frozen=True, slots=True)

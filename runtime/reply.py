@@ -16,10 +16,11 @@ import re
 from collections import deque
 
 from runtime.adapters import error_of
-from runtime.driver import Job, WorkerBusy, WorkerError, WorkerRefused
+from runtime.driver import Job
 from runtime.exchange import Busy, Exchange, error_event
 from runtime.http1 import Head, ProtocolError, chunk, payload
 from runtime.upstream import Connection
+from runtime.worker import WorkerBusy, WorkerError, WorkerRefused
 
 BUFFER_BYTES = 256 * 1024
 """What may wait in a client's socket before the worker is asked to pause."""

@@ -53,7 +53,7 @@ class RollingJournal:
         return sorted(self._folder.glob("journal-[0-9][0-9][0-9][0-9][0-9][0-9].jsonl"))
 
     def record(self, event: Event, actions: Sequence[Action]) -> None:
-        """See `runtime.driver.Journal`."""
+        """See `runtime.worker.Journal`."""
         if self._writer is None:
             return
         try:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from policies.interface import RequestView, StepCosts
-from runtime.driver import Job, Reading
+from runtime.driver import Job
+from runtime.worker import Reading
 
 Pieces = Sequence[int | BaseException]
 

@@ -14,9 +14,9 @@ import pytest
 
 from policies.interface import Failed, Finished
 from runtime.adapters import ADAPTERS, LLAMA_CPP, MLC, TGI, VLLM, Adapter, adapter, error_of
-from runtime.driver import Reading, WorkerError
 from runtime.http1 import chunk
 from runtime.http_worker import HttpWorker
+from runtime.worker import Reading, WorkerError
 from tests.stub_server import (
     DONE,
     END,

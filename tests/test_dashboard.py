@@ -17,7 +17,7 @@ from policies.interface import Arrived, Finished, Gauges, ReplicaChanged
 from policies.least_loaded import LeastLoaded
 from policies.testing import request
 from runtime.dashboard import latencies, snapshot
-from runtime.proxy_metrics import Ended, Watch
+from runtime.watch import Ended, Watch
 from tests.test_admin import ADMIN, USER, asked, bearer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -40,7 +40,8 @@ from policies.journal import Segment
 from policies.least_loaded import LeastLoaded
 from policies.registry import PolicySpec, PolicySpecError, policy_names
 from policies.testing import request
-from runtime.driver import CLOSING, Driver, WorkerBusy, WorkerError, WorkerRefused
+from runtime.driver import CLOSING, Driver
+from runtime.worker import WorkerBusy, WorkerError, WorkerRefused
 from tests.fake_worker import FakeWorker, Pieces
 from viisim.journal import JournalWriter, replay_journal
 
@@ -172,7 +173,7 @@ class FakeLauncher:
         self.ended: list[str] = []
 
     async def launch(self, action: Launch) -> FakeWorker:
-        """See `runtime.driver.Launcher`."""
+        """See `runtime.worker.Launcher`."""
         self.begun.set()
         if self.hangs:
             await asyncio.Event().wait()
@@ -181,7 +182,7 @@ class FakeLauncher:
         return FakeWorker(action.replica_id, devices=action.devices)
 
     async def end(self, worker_id: str) -> None:
-        """See `runtime.driver.Launcher`."""
+        """See `runtime.worker.Launcher`."""
         self.ended.append(worker_id)
 
 

@@ -18,10 +18,10 @@ from policies.interface import (
     RequestView,
     Verdict,
 )
-from runtime.driver import WorkerError
 from runtime.http1 import chunk, payload
 from runtime.http_worker import HttpWorker, with_priority
 from runtime.reply import TAIL_PIECES
+from runtime.worker import WorkerError
 from tests.stub_server import (
     DEATH,
     DONE,

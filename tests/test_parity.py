@@ -19,8 +19,9 @@ from policies.interface import Arrived, Dispatch, Limits, ReplicaChanged, StepCo
 from policies.journal import Handled, Segment, handled_line, parse_line
 from policies.registry import policy_names
 from policies.testing import request
-from runtime.driver import Driver, Job, Reading, WorkerError, WorkerRefused
+from runtime.driver import Driver, Job
 from runtime.simulated_worker import Prompt, SimulatedWorker
+from runtime.worker import Reading, WorkerError, WorkerRefused
 from viisim.cli import app as cli
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.step_time import DecodePoint, StepTime
@@ -61,7 +62,7 @@ class EngineWorker:
         self.inflight = 0
 
     async def answer(self, job: Job) -> int:
-        """See `runtime.driver.Worker.answer`."""
+        """See `runtime.worker.Worker.answer`."""
         self.inflight += 1
         try:
             return await self._answer(job)
@@ -93,7 +94,7 @@ class EngineWorker:
         return made
 
     async def gauges(self) -> Reading:
-        """See `runtime.driver.GaugedWorker`."""
+        """See `runtime.worker.GaugedWorker`."""
         return Reading(*self._simulated.engine.gauges())
 
     def close(self) -> None:

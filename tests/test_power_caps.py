@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from runtime.card_readers import SysfsCards
 from runtime.power_caps import PowerCaps, restore_leftovers
-from runtime.telemetry import SysfsCards
 from tests.sysfs_tree import SysfsTree, sensor
 from viisim.errors import InputError
 
@@ -201,7 +201,7 @@ _SETS_A_CAP_AND_IS_KILLED = """
 import os, signal, sys
 from pathlib import Path
 from runtime.power_caps import PowerCaps
-from runtime.telemetry import SysfsCards
+from runtime.card_readers import SysfsCards
 
 cards = SysfsCards(Path(sys.argv[1])).cards
 with PowerCaps(Path(sys.argv[2]), cards) as caps:

@@ -25,7 +25,8 @@ from policies.interface import (
 )
 from policies.least_loaded import LeastLoaded
 from policies.testing import request
-from runtime.proxy_metrics import Distribution, ProxyMetrics, Watch
+from runtime.proxy_metrics import ProxyMetrics
+from runtime.watch import Distribution, Watch
 
 
 def watched(*events: Event, policy: Policy | None = None, limits: Limits | None = None) -> Watch:

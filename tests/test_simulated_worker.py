@@ -228,8 +228,8 @@ class TestFaults:
 
 class TestMetrics:
     def test_the_gauges_are_those_that_the_proxy_reads(self):
-        from runtime.driver import Reading
         from runtime.metrics_text import read_gauges
+        from runtime.worker import Reading
 
         async def question(client: HTTP) -> None:
             async with client.get("/metrics") as response:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.telemetry import CardReading
+from runtime.card_readers import CardReading
 from runtime.thermal_guard import GuardAnswer, ThermalGuard
 from viisim.errors import InputError
 

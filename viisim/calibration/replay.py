@@ -63,9 +63,7 @@ def replay(log: RequestLog, profile: Profile, prefill_factor: float = 1.0) -> Re
     settings = replay_settings(log, profile)
     step_time = step_time_of(profile, settings.max_num_seqs)
     _slow_prefill(step_time, prefill_factor)
-    spec = ReplicaSpec(
-        "r0", profile.model, ("gpu0",), settings.scheduler_settings(), step_time
-    )
+    spec = ReplicaSpec("r0", profile.model, ("gpu0",), settings.scheduler_settings(), step_time)
     workload = _Workload(log, profile.model)
     result = Simulation(
         [spec],
