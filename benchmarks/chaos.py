@@ -114,29 +114,31 @@ class Chaos:
                 made += choice["text"].count("tok")
                 finished |= choice["finish_reason"] is not None
         if failed:
-            self.note("cut", request_id, 0 < made <= tokens and not finished)
+            self.note("cut", f"{request_id}: {made} of {tokens}", 0 < made <= tokens)
         else:
-            self.note("whole", request_id, finished and made == tokens)
+            said = f"{request_id}: {made} of {tokens}, {'finished' if finished else 'not finished'}"
+            self.note("whole", said, finished and made == tokens)
 
-    def note(self, end: str, request_id: str, has_right_length: bool) -> None:
+    def note(self, end: str, said: str, has_right_length: bool) -> None:
         """An answer that had begun has ended."""
         self.ends[end] += 1
         if not has_right_length:
-            self.wrong_lengths.append(request_id)
+            self.wrong_lengths.append(f"{end} {said}")
 
     # -- faults --
 
     async def torment(self, session: aiohttp.ClientSession, proxy: psutil.Process) -> list[float]:
         """One fault after the other; memory after a third of them and at the end, in MiB."""
         memory = []
-        for number in range(self.options.kills):
+        number = 0
+        while number < self.options.kills:
             await asyncio.sleep(self.options.every_s)
-            kind = self.draws.choice(KINDS)
             self.find_workers(proxy)
-            workers = self.workers
-            if not workers:
+            if not self.workers:
                 continue
-            pid, port = self.draws.choice(sorted(workers.items()))
+            number += 1
+            kind = self.draws.choice(KINDS)
+            pid, port = self.draws.choice(sorted(self.workers.items()))
             self.faults[kind] += 1
             await self.strike(session, kind, pid, port)
             if number == self.options.kills // 3:
@@ -270,7 +272,7 @@ def report(chaos: Chaos, memory: list[float], after: Any) -> dict[str, Any]:
         "ends": dict(sorted(chaos.ends.items())),
         "failed_before_the_first_byte": len(chaos.failed_early),
         "lost_with_attempts_left": len(lost),
-        "wrong_lengths": len(chaos.wrong_lengths),
+        "wrong_lengths": chaos.wrong_lengths,
         "in_flight_at_the_end": in_flight,
         "journal_differences": 0 if replay.equal else 1,
         "rss_mib": [round(value, 1) for value in memory],
