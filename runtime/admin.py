@@ -12,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from policies.interface import PolicyError
 from policies.registry import PolicySpecError
 from policies.state import Lane, Replica
 from runtime.access import Keys, NoAccess
@@ -107,7 +108,7 @@ class Admin:
                 # Code comes from the operator's file only, never over the network.
                 raise PolicySpecError('the body is not {"name": POLICY, PARAMETER: VALUE, ...}')
             self._driver.change(self._watch.core.limits, spec)
-        except (ValueError, PolicySpecError) as error:
+        except (ValueError, LookupError, PolicyError) as error:  # LookupError: of no such charset
             raise ApiError(400, f"policy: {error}") from None
         return web.json_response({"policy": type(self._watch.core.policy).__name__})
 

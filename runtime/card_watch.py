@@ -77,7 +77,9 @@ def capped(cards: Cards, caps_w: Mapping[int, float], state_file: Path) -> Itera
     """Cards capped to so many watts while inside, by their HIP index. What a killed process left
     capped is restored in any case. Raises InputError for a cap that a card does not take."""
     if not caps_w:
-        restore_leftovers(state_file, cards.cards)
+        # Who sees no cards leaves the note of their caps to a start that does.
+        if cards.cards:
+            restore_leftovers(state_file, cards.cards)
         yield
         return
     with PowerCaps(state_file, cards.cards) as caps:

@@ -12,17 +12,18 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 from aiohttp import web
 
 from policies.core import SchedulerCore
-from policies.interface import Launch
+from policies.interface import Launch, PolicyError
 from policies.interface import Limits as CoreLimits
-from policies.registry import PolicySpecError
 from runtime.access import Client
 from runtime.app import DRIVER, KEYS, make_app
 from runtime.card_metrics import CardMetrics
@@ -30,7 +31,7 @@ from runtime.card_readers import Cards, open_cards
 from runtime.card_watch import CardWatch, NoCards, capped
 from runtime.cards import STARTED, cards_of
 from runtime.cluster import Planned, client_of, free_ports, planned
-from runtime.commands import command_of
+from runtime.commands import WorkerCommand, command_of
 from runtime.driver import Driver
 from runtime.fault_injection import inject
 from runtime.fork_server import ForkServer
@@ -41,13 +42,15 @@ from runtime.serve import listening, stop_signals
 from runtime.supervisor import Patience, Supervisor
 from runtime.tokens import Tokenizer
 from runtime.worker import Journal, WorkerError
-from viisim.config import DeployConfig, Experiment, ReplicaConfig, load_experiment, resolved
+from viisim.config import DeployConfig, Experiment, ReplicaConfig, load_experiment
 from viisim.errors import InputError
 
 log = logging.getLogger(__name__)
 
 URL_LIMIT_S = 10.0
 """How long the first of servers that run already may take to answer."""
+NOT_IN_FILE = ""
+"""In place of the file's number, of replicas that a policy launched."""
 
 
 class Deployment:
@@ -78,7 +81,9 @@ class Deployment:
         self._replicas: dict[str, Planned] = {}
         self._used_ids: set[str] = set()
         self._cards_of: dict[str, tuple[int, ...]] = {}
-        self._fork_servers: list[ForkServer] = []
+        self._freed = asyncio.Event()
+        self._forked_by: dict[str, ForkServer] = {}
+        self._takes_reloads = False
         self._cards = self._open_cards()
         self._watch = CardWatch(self._cards, self._workers_on)
         self._app = self._make_app(core, journal)
@@ -122,8 +127,8 @@ class Deployment:
         settings = self._experiment.deploy
         host, _, port = settings.listen.rpartition(":")
         caps = capped(self._cards, settings.power_cap_w, self._home.folder / "power_caps")
-        try:
-            with caps, stop_signals(self.reload) as stop:
+        with caps, stop_signals(self.reload) as stop:
+            try:
                 async with listening(
                     self._app,
                     host,
@@ -133,17 +138,20 @@ class Deployment:
                     drain_s=settings.drain_s,
                 ):
                     await self._until(stop)
-        finally:
-            await self._supervisor.close()
-            for server in self._fork_servers:
-                server.close()
+            finally:
+                await self._supervisor.close()
+                for server in set(self._forked_by.values()):
+                    server.close()
 
     async def _until(self, stop: asyncio.Event) -> None:
         """Have workers serve, and watch them, until then."""
         limit_c = self._experiment.deploy.max_temperature_c
         beside = [asyncio.create_task(self._watch.watch(self._driver, limit_c))]
+        self._driver.on_failure = stop.set  # whoever started us may start us again
         try:
-            self._take(planned(self._experiment))
+            replicas = planned(self._experiment)
+            self._take(replicas, self._clients_of(self._experiment, replicas, ()))
+            self._takes_reloads = True
             if not await self._first_is_up(stop):
                 return
             if self._with_faults:
@@ -151,6 +159,7 @@ class Deployment:
             self._say(f"serving http://{self._experiment.deploy.listen}/v1 (Ctrl-C ends it)")
             await stop.wait()
         finally:
+            self._takes_reloads = False  # what it would add nobody would end
             for task in beside:
                 task.cancel()
 
@@ -170,69 +179,87 @@ class Deployment:
     def _kill(self, worker_id: str) -> None:
         pid = self._supervisor.pid(worker_id)
         if pid is not None:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.kill(pid, signal.SIGKILL)
 
     async def _first_is_up(self, stop: asyncio.Event) -> bool:
         """Whether a worker came up before the operator gave up. Simulated ones all do at once,
-        and are waited for."""
-        waits = [asyncio.create_task(self._up(name)) for name in self._replicas]
+        and are waited for. Raises InputError when none comes up."""
+        waits: dict[str, asyncio.Task[InputError | None]] = {}
         stopped = asyncio.create_task(stop.wait())
-        simulated = all(one.entry.worker.kind == "simulated" for one in self._replicas.values())
         try:
-            while waits and not stop.is_set():
-                await asyncio.wait([*waits, stopped], return_when=asyncio.FIRST_COMPLETED)
-                ended = [wait for wait in waits if wait.done()]
-                errors = [wait.exception() for wait in ended]
-                waits = [wait for wait in waits if not wait.done()]
-                if not waits and ended and errors[-1] is not None:
-                    raise errors[-1]
-                if None in errors and not (simulated and waits):
+            while not stop.is_set():
+                # A reload meanwhile adds some, and takes others away.
+                for name in self._replicas.keys() - waits.keys():
+                    waits[name] = asyncio.create_task(self._why_not_up(self._replicas[name]))
+                waited_for = [waits[name] for name in self._replicas]
+                left = [wait for wait in waited_for if not wait.done()]
+                reasons = [wait.result() for wait in waited_for if wait.done()]
+                if None in reasons and not (left and self._is_simulated()):
                     return True
+                if reasons and reasons[-1] is not None and not left:
+                    raise reasons[-1]
+                await asyncio.wait([*left, stopped], return_when=asyncio.FIRST_COMPLETED)
             return False
         finally:
-            for task in (*waits, stopped):
+            for task in (*waits.values(), stopped):
                 task.cancel()
 
-    async def _up(self, worker_id: str) -> None:
-        replica = self._replicas[worker_id]
+    def _is_simulated(self) -> bool:
+        return all(one.entry.worker.kind == "simulated" for one in self._replicas.values())
+
+    async def _why_not_up(self, replica: Planned) -> InputError | None:
+        """Wait for it; None once it is up."""
         limit_s = URL_LIMIT_S if replica.entry.worker.kind == "url" else None
         try:
             async with asyncio.timeout(limit_s):
-                await self._supervisor.until_up(worker_id)
+                await self._supervisor.until_up(replica.id)
+        except InputError as error:
+            return error
         except TimeoutError:
-            raise InputError(
-                f"{worker_id}: {replica.url} did not become healthy within {limit_s:g} s; "
+            return InputError(
+                f"{replica.id}: {replica.url} did not become healthy within {limit_s:g} s; "
                 "look whether the server runs there"
-            ) from None
+            )
+        return None
 
     # -- workers --
 
-    def _take(self, replicas: Sequence[Planned]) -> None:
-        """Have these served."""
-        cards = cards_of(self._experiment)
+    def _clients_of(
+        self, experiment: Experiment, replicas: Sequence[Planned], gone: Collection[str]
+    ) -> list[HttpWorker]:
+        """The clients of replicas that are to be added while those of `gone` go. Nothing has
+        changed if this raises InputError."""
+        kept = {
+            card: name
+            for name, cards in self._cards_of.items()
+            if name not in gone and not self._driver.is_retiring(name)
+            for card in cards
+        }
+        cards = cards_beside(kept, experiment, replicas)
+        for replica in replicas:
+            self._make_log_folder(replica.entry)
+        return [self._client_of(replica, cards.get(replica.id)) for replica in replicas]
+
+    def _client_of(self, replica: Planned, cards: tuple[int, ...] | None) -> HttpWorker:
+        return client_of(replica, cards, partial(self._watch.shown, cards) if cards else None)
+
+    def _take(self, replicas: Sequence[Planned], workers: Sequence[HttpWorker]) -> None:
+        """Have these served, by their clients."""
+        server = None
         if any(replica.entry.worker.kind == "simulated" for replica in replicas):
             # Another one after each reload: the former has read the file as it was.
-            self._fork_servers.append(ForkServer(self._file, self._overrides, self._speed))
-        for replica in replicas:
-            self._driver.add(self._begin(replica, cards.get(replica.file_id)), is_up=False)
+            server = ForkServer(self._file, self._overrides, self._speed)
+        for replica, worker in zip(replicas, workers, strict=True):
+            if server is not None and replica.entry.worker.kind == "simulated":
+                self._forked_by[replica.id] = server
+            self._begin(replica, worker)
+            self._driver.add(worker, is_up=False)
 
-    def _begin(self, replica: Planned, cards: tuple[int, ...] | None) -> HttpWorker:
-        """The client of a replica whose server is being started."""
+    def _begin(self, replica: Planned, worker: HttpWorker) -> None:
+        """Start the replica's server, unless it runs by itself, and watch it."""
         self._replicas[replica.id] = replica
         self._used_ids.add(replica.id)
-        state = None
-        if cards:
-            self._cards_of[replica.id] = cards
-            state = partial(self._watch.shown, cards)
-        worker = client_of(replica, cards, state)
-        self._keep(worker, replica, cards or ())
-        return worker
-
-    def _workers_on(self, card: int) -> list[str]:
-        return [name for name, cards in self._cards_of.items() if card in cards]
-
-    def _keep(self, worker: HttpWorker, replica: Planned, cards: tuple[int, ...]) -> None:
-        """Start the replica's server, unless it runs by itself, and watch it."""
         settings, entry = replica.entry.worker, replica.entry
         if settings.kind == "url":
             for sentence in worker.adapter.cannot:
@@ -240,19 +267,52 @@ class Deployment:
             self._supervisor.keep(worker)
             return
         if settings.kind == "simulated":
-            start = partial(self._fork_servers[-1].start, replica.file_id, replica.port)
-            self._supervisor.keep(worker, start)
+            server = self._forked_by[replica.id]
+            self._supervisor.keep(worker, partial(server.start, replica.file_id, replica.port))
             return
-        folder = self._home.folder / "logs" if settings.log_dir is None else Path(settings.log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        output = folder / f"{replica.id}.log"
+        cards = tuple(map(_card, worker.devices))
+        if cards:
+            self._cards_of[replica.id] = cards
+        output = self._log_folder(entry) / f"{replica.id}.log"
         command = command_of(replica, cards, self._home.mark)
         self._supervisor.keep(
             worker,
-            partial(WorkerProcess.start, command, output, self._home),
+            partial(self._start_on, cards, replica.id, command, output),
             log=output,
             start_limit_s=settings.start_limit(entry.devices),
         )
+
+    async def _start_on(
+        self, cards: Sequence[int], worker_id: str, command: WorkerCommand, output: Path
+    ) -> WorkerProcess:
+        """Start a server once those that had its cards before have ended: a reload gives them to
+        another worker while the former still finishes what it has."""
+        while self._had_before(worker_id) & set(cards):
+            self._freed.clear()
+            await self._freed.wait()
+        return await WorkerProcess.start(command, output, self._home)
+
+    def _had_before(self, worker_id: str) -> set[int]:
+        before = takewhile(lambda name: name != worker_id, self._cards_of)
+        return {card for name in before for card in self._cards_of[name]}
+
+    def _workers_on(self, card: int) -> list[str]:
+        return [name for name, cards in self._cards_of.items() if card in cards]
+
+    def _log_folder(self, entry: ReplicaConfig) -> Path:
+        chosen = entry.worker.log_dir
+        return self._home.folder / "logs" if chosen is None else Path(chosen)
+
+    def _make_log_folder(self, entry: ReplicaConfig) -> None:
+        if entry.worker.kind not in STARTED:
+            return
+        folder = self._log_folder(entry)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"worker.log_dir: {folder}: {error.strerror}; give a folder"
+            ) from error
 
     # -- see runtime.worker.Launcher --
 
@@ -261,10 +321,12 @@ class Deployment:
         try:
             entry = self._entry_for(action)
             url = f"http://127.0.0.1:{free_ports(1)[0]}"
-            replica = Planned(action.replica_id, entry, url, action.replica_id)
-            worker = self._begin(replica, tuple(map(_card, action.devices)))
+            replica = Planned(action.replica_id, entry, url, NOT_IN_FILE)
+            self._make_log_folder(entry)
+            worker = self._client_of(replica, tuple(map(_card, action.devices)))
         except InputError as error:
             raise WorkerError(str(error)) from error
+        self._begin(replica, worker)
         try:
             await self._supervisor.until_up(replica.id)
         except BaseException as error:
@@ -277,8 +339,12 @@ class Deployment:
     async def end(self, worker_id: str) -> None:
         """End a worker that was started here, or watch one no more that was not."""
         self._replicas.pop(worker_id, None)
-        self._cards_of.pop(worker_id, None)
         await self._supervisor.end(worker_id)
+        self._cards_of.pop(worker_id, None)
+        self._freed.set()
+        server = self._forked_by.pop(worker_id, None)
+        if server is not None and server not in self._forked_by.values():
+            server.close()
 
     def _entry_for(self, action: Launch) -> ReplicaConfig:
         for entry in self._experiment.cluster.replicas:
@@ -294,28 +360,38 @@ class Deployment:
 
     def reload(self) -> None:
         """Read the file again and become what it says; a file that is wrong changes nothing."""
+        if not self._takes_reloads:
+            self._say("not reloaded: the deployment is starting or ending")
+            return
         try:
             wanted = load_experiment(self._file, self._overrides)
-            cards_of(wanted)
             new, gone = self._compared(wanted)
-            policy, known = resolved(wanted)["policy"], resolved(self._experiment)["policy"]
+            workers = self._clients_of(wanted, new, gone)
+            policy, known = dict(wanted.policy.spec), dict(self._experiment.policy.spec)
             limits = limits_at(wanted, self._speed)
             self._app[KEYS].replace(_clients(wanted.deploy))
             if policy != known or limits != self._driver.core.limits:
                 self._driver.change(limits, policy if policy != known else None)
-        except (InputError, PolicySpecError, ValueError) as error:
+        except (ValueError, OSError, PolicyError) as error:  # an InputError is a ValueError
             log.error("not reloaded: %s", error)
             self._say(f"not reloaded: {error}")
             return
+        for key in _needing_a_restart(self._experiment, wanted):
+            log.warning("%s: changed in the file, and takes effect after a restart", key)
         self._experiment = wanted
-        self._take(new)
+        self._take(new, workers)
         for worker_id in gone:
             self._driver.retire(worker_id)
         self._say(f"reloaded: {len(new)} workers added, {len(gone)} retired")
 
     def _compared(self, wanted: Experiment) -> tuple[list[Planned], list[str]]:
-        """The replicas that are to be added, and the ids of those that are to go."""
-        left = {name: _identity(one.entry) for name, one in self._replicas.items()}
+        """The replicas that are to be added, and the ids of those that are to go. What a policy
+        has launched is its own matter, and what ends already is as good as gone."""
+        left = {
+            name: _identity(one.entry)
+            for name, one in self._replicas.items()
+            if one.file_id != NOT_IN_FILE and not self._driver.is_retiring(name)
+        }
         new = []
         for replica in planned(wanted):
             identity = _identity(replica.entry)
@@ -332,6 +408,40 @@ class Deployment:
             wanted, number = f"r{number}", number + 1
         self._used_ids.add(wanted)
         return wanted
+
+
+def _needing_a_restart(before: Experiment, wanted: Experiment) -> list[str]:
+    """The keys whose change a reload leaves for the next start."""
+    old, new = before.deploy.model_dump(), wanted.deploy.model_dump()
+    return [f"deploy.{key}" for key in new if key != "keys" and new[key] != old[key]]
+
+
+def cards_beside(
+    kept: Mapping[int, str], experiment: Experiment, replicas: Sequence[Planned]
+) -> dict[str, tuple[int, ...]]:
+    """The cards of replicas that are added beside workers which keep theirs: those that the file
+    names, else the lowest that neither the file names nor a worker keeps.
+
+    Raises InputError where the file names a card twice, or one that is kept.
+    """
+    by_file = cards_of(experiment)
+    named = {card for one in experiment.cluster.replicas for card in one.worker.cards or ()}
+    free = (card for card in count() if card not in named and card not in kept)
+    found = {}
+    for replica in replicas:
+        if replica.entry.worker.kind not in STARTED:
+            continue
+        if replica.entry.worker.cards is None:
+            found[replica.id] = tuple(islice(free, replica.entry.devices))
+            continue
+        found[replica.id] = by_file[replica.file_id]
+        for card in found[replica.id]:
+            if card in kept:
+                raise InputError(
+                    f"{experiment.name}: cluster.replicas: card {card} is wanted for another "
+                    f"replica, but {kept[card]} runs there and stays; give another card"
+                )
+    return found
 
 
 def time_scale(experiment: Experiment, speed: float) -> float:

@@ -167,6 +167,8 @@ class Driver:
         self._handling = False
         self._open = False
         self._error: Exception | None = None
+        self.on_failure: Callable[[], object] = lambda: None
+        """Called when the policy or the journal fails: the driver does nothing any more."""
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s: float | None = None
 
@@ -249,7 +251,8 @@ class Driver:
         if not is_up:
             self._down.add(worker.id)
         self.report(_described(worker, self._state(worker.id), self.now_s()))
-        if self._scrape_s is not None and isinstance(worker, GaugedWorker):
+        # A launch may succeed while the driver closes, and nobody would end the readings.
+        if self._open and self._scrape_s is not None and isinstance(worker, GaugedWorker):
             task = self._loop.create_task(self._scrape(worker, self._scrape_s))
             task.add_done_callback(partial(self._scraper_ended, worker.id))
             self._scrapers[worker.id] = task
@@ -282,13 +285,18 @@ class Driver:
             self._retiring.add(worker_id)
             self._let_go_if_idle(worker_id)
 
+    def is_retiring(self, worker_id: str) -> bool:
+        """Whether the worker ends once it has finished what it has, and takes no more."""
+        return worker_id in self._retiring
+
     def change(self, limits: Limits, policy: dict[str, Any] | None = None) -> None:
         """Go on with other limits, and another policy if one is given, as in an experiment.
 
-        Raises PolicySpecError when there is no such policy: nothing has changed then.
+        Raises PolicyError when there is no such policy, or it is not sound: nothing has changed
+        then.
         """
         if policy is not None:
-            make_policy(policy, self.core.folder)
+            SchedulerCore(make_policy(policy, self.core.folder))  # which checks it
         # The policy so far may not have wanted to know whose first byte has been shown.
         for job in list(self._attempts.values()):
             if job.shown and not self.core.wants_first_token:
@@ -530,6 +538,7 @@ class Driver:
         if self._error is not None:
             return
         self._error = error
+        self.on_failure()
         self._events.clear()
         self._stop_timer()
         for call in self._calls.values():

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from policies.interface import PolicyError
 from runtime.access import NoAccess
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,9 @@ async def openai_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return error_response(error.status, message, allowed)
     except ConnectionError:
         raise
+    except PolicyError as error:  # it ends the driver, which says so
+        log.error("%s", error)
+        return error_response(500, "internal error")
     except Exception:
         log.exception("%s %s", request.method, request.path)
         return error_response(500, "internal error")

@@ -18,11 +18,6 @@ from pathlib import Path
 
 from viisim.errors import InputError
 
-STOP_S = 5.0
-"""How long it may take to end before it is killed."""
-PATIENCE_S = 60.0
-"""How long it may take to read the experiment and import everything."""
-
 
 class ForkServer:
     """`viisim worker --fork-server` of one experiment, as its file is now."""
@@ -40,6 +35,15 @@ class ForkServer:
 
     async def start(self, replica: str, port: int) -> ForkedWorker:
         """A worker of that replica of the file. Raises InputError when the server is gone."""
+        asked = asyncio.create_task(self._forked(replica, port))
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            # The server was asked already; what it answers with nobody would end.
+            asked.add_done_callback(_kill_unwanted)
+            raise
+
+    async def _forked(self, replica: str, port: int) -> ForkedWorker:
         async with self._turn:
             answer = await asyncio.to_thread(self._ask, f"{replica} {port}\n")
         if not answer.strip().isdigit():
@@ -57,16 +61,14 @@ class ForkServer:
             return b""
 
     def close(self) -> None:
-        """End it and its workers."""
+        """End it and its workers, which hold nothing that is worth asking them."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None, "started with pipes"
             with suppress(OSError):
                 pipe.close()
-        try:
-            self._process.wait(timeout=STOP_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
 
 
 class ForkedWorker:
@@ -93,11 +95,21 @@ class ForkedWorker:
 
     async def stop(self) -> None:
         """End it. It has no card to give back, so it is not asked but killed."""
-        if not self.has_ended:
-            signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+        self.kill()
         await self._ended.wait()
+
+    def kill(self) -> None:
+        """Have it end at once."""
+        if not self.has_ended:
+            with suppress(ProcessLookupError):  # it has ended, and the loop has not told yet
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
 
     def _on_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._handle)
         os.close(self._handle)
         self._ended.set()
+
+
+def _kill_unwanted(asked: asyncio.Task[ForkedWorker]) -> None:
+    if not asked.cancelled() and asked.exception() is None:
+        asked.result().kill()

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ import psutil
 
 from runtime.commands import DEPLOYMENT_LABEL, DEPLOYMENT_VARIABLE, WorkerCommand
 from viisim.errors import InputError
+
+log = logging.getLogger(__name__)
 
 TERM_S = 20.0
 """How long a server may take to end before it is killed."""
@@ -42,7 +45,7 @@ class WorkerProcess:
     @classmethod
     async def start(cls, command: WorkerCommand, log: Path, home: Home) -> WorkerProcess:
         """Start it; what it says goes to the end of `log`. Raises InputError when there is no
-        such program."""
+        such program, OSError when the system cannot start it now."""
         with log.open("ab") as out:
             try:
                 process = await asyncio.create_subprocess_exec(
@@ -54,13 +57,18 @@ class WorkerProcess:
                     # Ctrl-C is for the proxy, which ends its workers in order.
                     start_new_session=True,
                 )
-            except OSError as error:
+            except (FileNotFoundError, PermissionError) as error:
                 raise InputError(
                     f"{command.argv[0]}: {error.strerror}; install it, or say how vLLM is "
                     "started: worker.command"
                 ) from error
-        home.note(process.pid)
-        return cls(process, command)
+        started = cls(process, command)
+        try:
+            home.note(process.pid)
+        except OSError:  # no room on the disk: nobody would find it after a crash
+            await started.stop()
+            raise
+        return started
 
     @property
     def pid(self) -> int:
@@ -87,8 +95,12 @@ class WorkerProcess:
                 await self._process.wait()
         # Of a server that was killed, children live on in its group.
         _signal_group(self.pid, signal.SIGKILL)
-        await self._process.wait()
-        await _gone(self.pid)
+        try:
+            async with asyncio.timeout(KILL_S):
+                await self._process.wait()
+                await _gone(self.pid)
+        except TimeoutError:  # a driver that hangs holds its processes
+            log.error("process group %d was killed, and does not end", self.pid)
 
 
 def _signal_group(group: int, number: int) -> None:
@@ -98,10 +110,8 @@ def _signal_group(group: int, number: int) -> None:
 
 async def _gone(group: int) -> None:
     """Wait until no process of the group is left: the card's memory is free only then."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(KILL_S):
-            while _group_lives(group):  # noqa: ASYNC110 - other processes set no event
-                await asyncio.sleep(0.02)
+    while _group_lives(group):  # noqa: ASYNC110 - other processes set no event
+        await asyncio.sleep(0.02)
 
 
 def _group_lives(group: int) -> bool:
@@ -114,12 +124,15 @@ def _group_lives(group: int) -> bool:
 
 async def _run(argv: tuple[str, ...]) -> None:
     """Run a command of a container engine, whose failure is no news: the container is gone."""
-    with contextlib.suppress(OSError, TimeoutError):
+    with contextlib.suppress(OSError):
         process = await asyncio.create_subprocess_exec(
             *argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        async with asyncio.timeout(CONTAINER_S):
-            await process.wait()
+        try:
+            async with asyncio.timeout(CONTAINER_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
 
 
 # --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,6 +90,8 @@ class _Kept:
     process: Process | None = None
     task: asyncio.Task[None] | None = None
     restarts: int = 0
+    up_since_s: float | None = None
+    """When its process was up for the first time, on the loop's clock."""
 
 
 class _NotUpError(Exception):
@@ -124,22 +126,28 @@ class Supervisor:
             self._kept[worker_id].doubted.set()
 
     async def until_up(self, worker_id: str) -> None:
-        """Wait for it. Raises InputError when it is given up first."""
+        """Wait for it. Raises InputError when it is given up, or ended, first."""
         kept = self._kept[worker_id]
         assert kept.task is not None, "set by keep"
         up = asyncio.create_task(kept.up.wait())
-        await asyncio.wait([up, kept.task], return_when=asyncio.FIRST_COMPLETED)
-        up.cancel()
+        try:
+            await asyncio.wait([up, kept.task], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            up.cancel()
         if not kept.up.is_set():
-            raise InputError(f"{worker_id}: {kept.given_up}")
+            raise InputError(f"{worker_id}: {kept.given_up or 'ended before it was up'}")
 
     async def end(self, worker_id: str) -> None:
         """Look after it no more; if it was started here, nothing of it is left afterwards."""
-        kept = self._kept.pop(worker_id, None)
+        kept = self._kept.get(worker_id)
         if kept is None or kept.task is None:
             return
-        kept.task.cancel()
+        if not kept.task.cancelling():  # a second time would interrupt what the first began
+            kept.task.cancel()
         await asyncio.wait([kept.task])
+        # Known until now: whoever asks meanwhile waits for the same end.
+        self._kept.pop(worker_id, None)
+        kept.worker.close()
 
     async def close(self) -> None:
         """End all of them."""
@@ -147,7 +155,8 @@ class Supervisor:
 
     def pid(self, worker_id: str) -> int | None:
         """Of a running worker that was started here."""
-        process = self._kept[worker_id].process
+        kept = self._kept.get(worker_id)
+        process = None if kept is None else kept.process
         return None if process is None or process.has_ended else process.pid
 
     # -- one worker --
@@ -156,10 +165,10 @@ class Supervisor:
         pause_s = self._patience.restart_s
         loop = asyncio.get_running_loop()
         while not kept.given_up:
-            began_s = loop.time()
+            kept.up_since_s = None
             try:
                 await self._one_life(kept)
-            except _NotUpError as error:
+            except (_NotUpError, OSError) as error:  # OSError: no memory, no room on the disk
                 reason = str(error)
             except InputError as error:  # there is nothing that could be started
                 kept.given_up = str(error)
@@ -167,7 +176,9 @@ class Supervisor:
             if kept.start is None:
                 log.warning("%s: %s", kept.worker.id, reason)
                 continue
-            if loop.time() - began_s > self._patience.stable_s:
+            # Loading does not count: it may take long, and fail each time.
+            up_since_s = loop.time() if kept.up_since_s is None else kept.up_since_s
+            if loop.time() - up_since_s > self._patience.stable_s:
                 kept.restarts, pause_s = 0, self._patience.restart_s
             if kept.restarts == self._patience.max_restarts:
                 kept.given_up = f"{reason}, for the {kept.restarts + 1}th time"
@@ -185,6 +196,7 @@ class Supervisor:
             if kept.start is not None:
                 kept.process = await kept.start()
             await self._until_healthy(kept, kept.start_limit_s)
+            kept.up_since_s = asyncio.get_running_loop().time()
             while True:
                 log.info("%s is up", kept.worker.id)
                 kept.up.set()
@@ -199,7 +211,7 @@ class Supervisor:
             self._tell(kept.worker.id, False)
             if kept.process is not None:
                 # Whatever cancels this waits: a child that is left would keep the card.
-                await asyncio.shield(kept.process.stop())
+                await _to_its_end(kept.process.stop())
                 kept.process = None
 
     async def _until_healthy(self, kept: _Kept, limit_s: float) -> None:
@@ -238,3 +250,13 @@ class Supervisor:
     def _check_process(kept: _Kept) -> None:
         if kept.process is not None and kept.process.has_ended:
             raise _NotUpError(f"the server ended{f', see {kept.log}' if kept.log else ''}")
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do all of it, also when cancelled meanwhile; the cancellation takes effect afterwards."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

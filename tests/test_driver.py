@@ -28,6 +28,7 @@ from policies.interface import (
     LaunchFailed,
     Limits,
     Policy,
+    PolicyError,
     Preempt,
     ReplicaChanged,
     RequestView,
@@ -43,6 +44,7 @@ from policies.testing import request
 from runtime.driver import CLOSING, Driver
 from runtime.worker import WorkerBusy, WorkerError, WorkerRefused
 from tests.fake_worker import FakeWorker, Pieces
+from tests.small_experiment import FAULTY
 from viisim.journal import JournalWriter, replay_journal
 
 LIMIT_S = 20.0
@@ -641,6 +643,32 @@ class TestCluster:
                 await launcher.begun.wait()
             await client
             assert [e.reason for e in memory.of(LaunchFailed)] == ["called off"]
+
+        run(scenario)
+
+    def test_a_launch_that_succeeds_while_the_driver_closes_does_not_hold_it_up(self):
+        async def scenario() -> None:
+            launcher = FakeLauncher()
+            subject, _ = driver(
+                Planner(Launch("m", ("gpu0",))), launcher=launcher, scrape_s=LIMIT_S
+            )
+            async with subject:
+                client = asyncio.create_task(subject.submit(request()))
+                await launcher.begun.wait()  # it has returned, and the driver not heard of it
+            await client
+
+        run(scenario)
+
+    def test_a_policy_that_is_not_sound_is_refused_and_changes_nothing(self, tmp_path: Path):
+        (tmp_path / "faulty.py").write_text(FAULTY)
+        spec = {"class": f"{tmp_path}/faulty.py:TickInWords"}
+
+        async def scenario() -> None:
+            subject, _ = driver(LeastLoaded(), FakeWorker("r0"))
+            async with subject:
+                with pytest.raises(PolicyError, match="tick_s is 'soon'"):
+                    subject.change(Limits(), spec)
+                assert isinstance(await subject.submit(request()), Finished)
 
         run(scenario)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from runtime.commands import WorkerCommand
+from runtime.fork_server import ForkedWorker
 from runtime.processes import Home, WorkerProcess
 from runtime.supervisor import Patience, Supervisor
 from viisim.errors import InputError
@@ -36,6 +38,9 @@ class FakeServer:
 
     def __init__(self) -> None:
         self._end = asyncio.Event()
+        self.stopping = asyncio.Event()
+        self.may_stop = asyncio.Event()
+        self.may_stop.set()
         self.stopped = False
 
     @property
@@ -48,7 +53,9 @@ class FakeServer:
         await self._end.wait()
 
     async def stop(self) -> None:
-        """End it."""
+        """End it, as soon as it may."""
+        self.stopping.set()
+        await self.may_stop.wait()
         self.stopped = True
         self._end.set()
 
@@ -66,6 +73,8 @@ class Scene:
         self.told: list[bool] = []
         self.servers: list[FakeServer] = []
         self.refuses_to_start = False
+        self.failures_to_start = 0
+        self.closed = False
         self._changed = asyncio.Event()
         self.supervisor = Supervisor(self.tell, patience)
 
@@ -79,12 +88,19 @@ class Scene:
         """A new process."""
         if self.refuses_to_start:
             raise InputError("vllm: No such file")
+        if self.failures_to_start:
+            self.failures_to_start -= 1
+            raise OSError("no memory")
         self.servers.append(FakeServer())
         return self.servers[-1]
 
     async def is_healthy(self) -> bool:
         """As the worker's client says."""
         return self.healthy
+
+    def close(self) -> None:
+        """As the worker's client does with its connections."""
+        self.closed = True
 
     async def until(self, *told: bool) -> None:
         """Until the driver has been told so."""
@@ -181,6 +197,58 @@ def test_a_program_that_is_not_there_is_no_matter_of_patience():
     run(scenario)
 
 
+def test_what_the_system_cannot_start_now_is_tried_again():
+    async def scenario(scene: Scene) -> None:
+        scene.failures_to_start = 2
+        keep(scene)
+        await scene.supervisor.until_up("r0")
+
+    run(scenario)
+
+
+def test_time_spent_loading_forgives_nothing():
+    async def scenario(scene: Scene) -> None:
+        scene.healthy = False
+        scene.supervisor.keep(scene, scene.start, start_limit_s=0.01)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="for the 4th time"):
+            await scene.supervisor.until_up("r0")
+
+    run(scenario, replace(QUICK, stable_s=0.001))
+
+
+def test_whoever_waits_for_one_that_is_ended_is_told():
+    async def scenario(scene: Scene) -> None:
+        scene.healthy = False
+        keep(scene)
+        waits = asyncio.create_task(scene.supervisor.until_up("r0"))
+        await asyncio.sleep(0)
+        await scene.supervisor.end("r0")
+        with pytest.raises(InputError, match="r0: ended before it was up"):
+            await waits
+        assert scene.closed
+        await asyncio.sleep(0)
+
+    run(scenario)
+
+
+def test_the_end_waits_for_a_process_that_is_being_stopped():
+    async def scenario(scene: Scene) -> None:
+        keep(scene)
+        await scene.until(True)
+        server = scene.servers[0]
+        server.may_stop.clear()
+        server.die()
+        await server.stopping.wait()
+        ends = [asyncio.create_task(scene.supervisor.end("r0")) for _ in range(2)]
+        _, waiting = await asyncio.wait(ends, timeout=0.01)
+        assert (len(waiting), server.stopped) == (2, False)
+        server.may_stop.set()
+        await asyncio.gather(*ends)
+        assert server.stopped
+
+    run(scenario)
+
+
 def test_a_server_of_somebody_else_is_only_watched():
     async def scenario(scene: Scene) -> None:
         keep(scene, starts=False)
@@ -273,6 +341,34 @@ def test_a_program_that_is_missing_is_one_clear_line(tmp_path: Path):
 
     with pytest.raises(InputError, match=r"no-such-vllm: .*; install it, or say how"):
         asyncio.run(scenario())
+
+
+def test_a_process_that_cannot_be_noted_is_not_left_running(tmp_path: Path):
+    ours = f"import time; time.sleep(600)  # {tmp_path}"
+
+    async def scenario() -> None:
+        with Home(tmp_path) as home:
+            (tmp_path / "started.jsonl").mkdir()
+            await WorkerProcess.start(command(ours), tmp_path / "log", home)
+
+    with pytest.raises(IsADirectoryError):
+        asyncio.run(scenario())
+    assert not any(ours in one.cmdline() for one in psutil.Process().children())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pidfd")
+def test_stopping_a_forked_worker_that_has_just_ended_is_no_error():
+    process = subprocess.Popen(["sleep", "600"])
+
+    async def scenario() -> None:
+        worker = ForkedWorker(process.pid)
+        process.kill()
+        process.wait()  # the loop has not seen it yet
+        assert not worker.has_ended
+        await worker.stop()
+        await worker.stop()
+
+    asyncio.run(scenario())
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path):

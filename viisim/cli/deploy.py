@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,8 @@ from viisim.errors import InputError
 
 if TYPE_CHECKING:
     from viisim.config import Experiment
+
+MAX_PORT = 2**16 - 1
 
 
 def deploy(
@@ -73,12 +76,14 @@ def deploy(
     from runtime.serve import run
     from viisim.config import load_experiment, resolved
 
+    if not 0 < speed < math.inf:
+        raise InputError(f"--speed {speed}: give a number above 0")
     overrides = set_ or []
     experiment = load_experiment(file, overrides)
     if plan or dry_run:
         _show(experiment, plan, dry_run)
         return
-    _require_keys_in_public(experiment, insecure)
+    _check_address(experiment, insecure)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with ExitStack() as stack:
         home = stack.enter_context(Home(state or _default_state(experiment)))
@@ -121,9 +126,12 @@ def _default_state(experiment: Experiment) -> Path:
     return (Path(base) if base else Path.home() / ".local/state") / "viisim" / experiment.name
 
 
-def _require_keys_in_public(experiment: Experiment, insecure: bool) -> None:
-    """Who can reach a public address without a key can spend the cards."""
-    host = experiment.deploy.listen.rpartition(":")[0]
+def _check_address(experiment: Experiment, insecure: bool) -> None:
+    """Raises InputError for a public address without keys, too: who can reach it could spend the
+    cards."""
+    host, _, port = experiment.deploy.listen.rpartition(":")
+    if int(port) > MAX_PORT:
+        raise InputError(f"deploy.listen: {port} is no port; give one up to {MAX_PORT}")
     try:
         is_local = ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -49,12 +50,15 @@ def worker(
     """
     from viisim.config import load_experiment
 
-    if not speed > 0:
+    if not 0 < speed < math.inf:
         raise InputError(f"--speed {speed}: give a number above 0")
-    experiment = load_experiment(file, set_ or [])
     if fork_server:
-        _fork_on_request(experiment, speed)
+        # What a policy's file prints when it is imported is no answer.
+        answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        _fork_on_request(load_experiment(file, set_ or []), speed, answers)
         return
+    experiment = load_experiment(file, set_ or [])
     chosen = _chosen(experiment, replica or [])
     ports = port or [8000]
     if len(ports) != len(chosen):
@@ -73,9 +77,9 @@ def worker(
     _outlive(children)
 
 
-def _fork_on_request(experiment: Experiment, speed: float) -> None:
-    """For each line `REPLICA PORT` of standard input fork a worker and print its process id; at
-    the end of the input, end with all of them. See `runtime.fork_server`."""
+def _fork_on_request(experiment: Experiment, speed: float, answers: TextIO) -> None:
+    """For each line `REPLICA PORT` of standard input fork a worker and answer with its process
+    id; at the end of the input, end with all of them. See `runtime.fork_server`."""
     _import_all()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever asked watches them
     ours, theirs = os.pipe()
@@ -84,12 +88,12 @@ def _fork_on_request(experiment: Experiment, speed: float) -> None:
         child = os.fork()
         if not child:
             os.close(theirs)
+            answers.close()
             os.dup2(os.open(os.devnull, os.O_RDWR), sys.stdin.fileno())
-            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _serve(_chosen(experiment, [replica])[0], int(port), speed, ours)
             return
-        typer.echo(child)  # which flushes
+        print(child, file=answers, flush=True)
 
 
 def _chosen(experiment: Experiment, ids: Sequence[str]) -> list[SimulatedReplica]:
