@@ -52,6 +52,7 @@ def deployed(file: Path, *options: str) -> Iterator[Deployment]:
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "viisim", "deploy", str(file), "--speed", "20"]
     command += ["--set", f"deploy.listen=127.0.0.1:{port}", *options]
+    command += ["--state", str(file.parent / "state")]
     # In a folder of its own, and yet these sources: the ones under test.
     here = {"PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(
@@ -146,6 +147,7 @@ class TestProcess:
             taken.listen()
             listen = f"127.0.0.1:{taken.getsockname()[1]}"
             command = [sys.executable, "-m", "viisim", "deploy", str(small_file(tmp_path))]
+            command += ["--state", str(tmp_path / "state")]
             done = subprocess.run(
                 [*command, "--set", f"deploy.listen={listen}"],
                 capture_output=True,

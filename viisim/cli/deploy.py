@@ -16,6 +16,7 @@ from viisim.cli.run import Overrides
 from viisim.errors import InputError
 
 if TYPE_CHECKING:
+    from runtime.processes import Home
     from viisim.config import Experiment
 
 MAX_PORT = 2**16 - 1
@@ -81,7 +82,7 @@ def deploy(
     overrides = set_ or []
     experiment = load_experiment(file, overrides)
     if plan or dry_run:
-        _show(experiment, plan, dry_run)
+        _show(experiment, Home(state or _default_state(experiment)), plan, dry_run)
         return
     _check_address(experiment, insecure)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -109,7 +110,7 @@ def deploy(
         run(deployment.serve())
 
 
-def _show(experiment: Experiment, plan: bool, dry_run: bool) -> None:
+def _show(experiment: Experiment, home: Home, plan: bool, dry_run: bool) -> None:
     from runtime.cluster import planned
     from viisim.cli.dry_run import print_commands
     from viisim.cli.placement import print_placement
@@ -117,7 +118,7 @@ def _show(experiment: Experiment, plan: bool, dry_run: bool) -> None:
     if plan:
         print_placement(experiment)
     if dry_run:
-        print_commands(experiment, planned(experiment))
+        print_commands(experiment, planned(experiment), home.mark)
 
 
 def _default_state(experiment: Experiment) -> Path:
