@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,8 +85,12 @@ class Started:
 
     def servers(self) -> list[psutil.Process]:
         """The stub servers that run."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in children if any("stub_vllm" in w for w in one.cmdline())]
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it ends at this moment
+                if any("stub_vllm" in word for word in child.cmdline()):
+                    found.append(child)
+        return found
 
     def cards(self) -> list[str]:
         """Of the servers that run."""
@@ -99,6 +105,14 @@ class Started:
         assert self.process.stdout is not None
         self.process.send_signal(signal.SIGHUP)
         return self.process.stdout.readline().decode()
+
+    def is_ready(self) -> bool:
+        """Whether some worker takes requests."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/ready", timeout=LIMIT_S) as answer:
+                return bool(answer.status == 200)
+        except urllib.error.HTTPError:
+            return False
 
     def journal(self) -> list[Any]:
         """The events so far, and what they caused."""
@@ -255,6 +269,7 @@ def test_a_server_that_dies_is_started_again(tmp_path: Path):
     with started(tmp_path) as found:
         (before,) = found.servers()
         before.kill()
+        until(lambda: not found.is_ready())
         answers = asyncio.run(ask_many(found.url, 5, 5))  # they wait for the new one
         (after,) = found.servers()
     assert answers == [(200, 1)] * 5
