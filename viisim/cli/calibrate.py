@@ -1,4 +1,4 @@
-"""`viisim calibrate`: a profile from measurements."""
+"""`viisim calibrate`: a profile from measurements, of files or of a worker that runs here."""
 
 from __future__ import annotations
 
@@ -14,27 +14,42 @@ from viisim.errors import InputError
 
 if TYPE_CHECKING:
     from viisim.calibration.calibrate import Calibration
+    from viisim.cli.calibrate_live import Live
 
 _COMMENT_WIDTH = 94
 
 
 def calibrate(
     context: typer.Context,
+    *,
     files: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
-            metavar="FILE...",
+            metavar="FILE",
             help="Results of `vllm bench serve --save-detailed`, step or request records, "
             "LLMServingSim requests, or splitwise's perf_model.csv; plain or gz.",
             show_default=False,
         ),
-    ],
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(
             "--out", "-o", metavar="FILE", help="The profile to write (YAML).", show_default=False
         ),
     ],
+    live: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An experiment: start the worker of its first replica, and measure that.",
+        ),
+    ] = None,
+    steps: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --live and a worker of kind url: where it records its steps."
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Name of the device in the profile: radeon_vii.")
     ] = None,
@@ -67,17 +82,22 @@ def calibrate(
 
     viisim calibrate results/*.json -o profiles/mine.yaml --device radeon_vii
     viisim calibrate worker0.steps.jsonl -o worker0.yaml --num-kv-blocks 223
+    viisim calibrate --live experiments/deploy/vllm_cpu.yaml -o profiles/mine.yaml
 
     The error is measured on runs the fit has not seen: each run is predicted from the others.
+    With --live a real worker is sent a sweep of requests; what it showed stays in a folder beside
+    the profile (mine_live), with the delays and the noise that no profile holds.
     """
     from viisim.calibration.calibrate import Options
     from viisim.calibration.calibrate import calibrate as fit
     from viisim.calibration.profile_file import write_profile
     from viisim.calibration.read import first_of, read_measurements
+    from viisim.cli.calibrate_live import calibrated_live
 
     if out.suffix not in (".yaml", ".yml"):
         raise InputError(f"-o {out}: a profile is a .yaml file; give such a name")
-    runs = [first_of(run, first) for run in read_measurements(files, only)]
+    if (live is None) == (not files):
+        raise InputError("calibrate: give files of measurements, or --live with an experiment")
     given = {
         "num_kv_blocks": num_kv_blocks,
         "block_tokens": block_tokens,
@@ -86,14 +106,26 @@ def calibrate(
         "max_model_len": max_model_len,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    done = fit(runs, Options(device, model, tensor_parallel, power_cap, settings, notes))
-    write_profile(done.profile, out, _comments(files, out, context.params))
+    options = Options(device, model, tensor_parallel, power_cap, settings, notes)
+    beside: Live | None = None
+    if live is not None:
+        folder = out.with_name(f"{out.stem}_live")
+        done, beside = calibrated_live(live, steps, folder, options, quiet=as_json)
+    else:
+        done = fit([first_of(run, first) for run in read_measurements(files or [], only)], options)
+    write_profile(done.profile, out, _comments(files or [], out, context.params))
     for warning in done.warnings:
         typer.echo(f"warning: {warning}", err=True)
+    summary = _summary(out, done)
+    if beside is not None:
+        summary |= beside.summary()
+        beside.write(summary)
     if as_json:
-        show_json(_summary(out, done))
+        show_json(summary)
         return
     _show(out, done)
+    if beside is not None:
+        beside.show()
 
 
 def _summary(out: Path, done: Calibration) -> dict[str, object]:
@@ -138,7 +170,7 @@ def _show(out: Path, done: Calibration) -> None:
 def _comments(files: list[Path], out: Path, given: Mapping[str, object]) -> list[str]:
     """How the file came about: a command that holds no path of this machine."""
     options = [
-        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        f"--{name.replace('_', '-')} {shlex.quote(_worded(value))}"
         for name, value in given.items()
         if value not in (None, False) and name not in ("files", "out", "as_json", "notes")
     ]
@@ -151,6 +183,11 @@ def _comments(files: list[Path], out: Path, given: Mapping[str, object]) -> list
             lines.append(f"  {word}")
     *first, last = lines
     return ["Made by:", *(f" {line} \\" for line in first), f" {last}"]
+
+
+def _worded(value: object) -> str:
+    """An option's value; of a file of this machine, its name."""
+    return value.name if isinstance(value, Path) and value.is_absolute() else str(value)
 
 
 def _shown(files: list[Path]) -> list[str]:

@@ -1,0 +1,373 @@
+"""What `viisim calibrate --live` asks of a real worker, and what it learns beside its step times.
+
+The sweep (`runtime.live_sweep`) is sent twice with different contents, so that each pass can be
+predicted from the other. Then one list of mixed requests is sent twice: the difference of the two
+is the noise floor, and its steps are traffic that no fit has seen.
+
+The worker records its own steps (`runtime.vllm_plugin`). They carry the machine's monotonic clock,
+as the client's notes do, and so each step is known to belong to a part of the sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from policies.interface import RequestView
+from runtime.cluster import Planned, client_of
+from runtime.commands import WorkerCommand, command_of
+from runtime.http_worker import HttpWorker
+from runtime.live_sweep import Chain, Phase, decode_sizes, sweep, traffic
+from runtime.load import LoadClient, Record
+from runtime.processes import Home, WorkerProcess
+from runtime.vllm_plugin import RECORDS_VARIABLE, SCHEDULER_CLS, recording_environment
+from runtime.worker import WorkerError
+from viisim.errors import InputError
+from viisim.profile import EngineSettings, ProfileEngine
+from viisim.workload.request import Request
+
+_WARM_UP, _SWEEPS, _TRAFFIC = "warm-up", ("sweep-1", "sweep-2"), ("traffic-1", "traffic-2")
+_PARTS = (_WARM_UP, *_SWEEPS, *_TRAFFIC)
+"""Of a run, and names of their files."""
+
+_VOCABULARY = range(10, 100)
+"""Token ids that every model has, none of them special in the usual vocabularies."""
+_SETTLE_S = 1.5
+"""A recorder's last lines are in the file within half a second; this is longer."""
+_PAUSE_S = 0.05
+"""Between two phases: an engine that schedules ahead ends its last, empty step."""
+_LOOK_S = 0.5
+_URL_LIMIT_S = 10.0
+"""How long a server that runs already may take to say so."""
+
+_NUM_BLOCKS = re.compile(rb'^vllm:cache_config_info\{[^}]*\bnum_gpu_blocks="(\d+)"', re.MULTILINE)
+
+Row: TypeAlias = dict[str, Any]
+
+
+# --------------------------------------------------------------------------------------
+# What is learned
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Time to first token as the client saw it, less what the engine's steps took, of requests
+    that were alone: HTTP, tokens and pipes. In seconds."""
+
+    requests: int
+    mean_s: float
+    p50_s: float
+    p90_s: float
+    fixed_s: float
+    per_prompt_token_s: float
+    """A straight line through all of them."""
+
+    @classmethod
+    def of(cls, prompt_tokens: Sequence[int], extra_s: Sequence[float]) -> Overhead:
+        """Of each request's prompt and what it waited beyond its steps."""
+        slope, fixed = np.polyfit(prompt_tokens, extra_s, 1)
+        p90_s = float(np.quantile(extra_s, 0.9))
+        return cls(len(extra_s), fmean(extra_s), median(extra_s), p90_s, float(fixed), float(slope))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A worker's measurements, and where their files are."""
+
+    folder: Path
+    engine: ProfileEngine
+    sweeps: tuple[Path, ...]
+    traffic: tuple[Path, ...]
+    """Step records of the passes."""
+    overhead: Overhead
+    noise_floor: Mapping[str, float]
+    """Relative difference of the means of `ttft`, `tpot` and `e2e` between two equal lists."""
+    start_s: float
+    """How long the worker took to start."""
+    sweep_s: float
+    total_s: float
+    """From the first request to the last answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A phase, as it went."""
+
+    part: str
+    """The pass it belongs to, and so the name of its file."""
+    name: str
+    begin_s: float
+    end_s: float
+    records: Sequence[Record]
+
+
+def overhead_of(records: Sequence[Record], steps: Sequence[Row]) -> Overhead:
+    """Of requests that were sent one after the other, and the worker's steps meanwhile.
+
+    Raises InputError where the steps are not those of these requests.
+    """
+    prefills = [step for step in steps if step["prefill_tokens"]]
+    ends = list(accumulate(step["prefill_tokens"] for step in prefills))
+    extra_s, done, first = [], 0, 0
+    for record in records:
+        done += record.prompt_tokens
+        if done not in ends:
+            raise InputError(
+                f"the worker's steps are not those of the {len(records)} prompts sent: another "
+                "client uses it, or it records elsewhere; calibrate a worker that is left alone"
+            )
+        last = ends.index(done) + 1
+        engine_s = sum(
+            _duration_s(step, chunk > 0) for chunk, step in enumerate(prefills[first:last])
+        )
+        assert record.ttft_from_sent_s is not None, "it was answered"
+        extra_s.append(record.ttft_from_sent_s - engine_s)
+        first = last
+    return Overhead.of([record.prompt_tokens for record in records], extra_s)
+
+
+def noise_floor_of(first: Sequence[Record], second: Sequence[Record]) -> dict[str, float]:
+    """Relative difference of the means between two runs of one list."""
+    means = [_means(records) for records in (first, second)]
+    return {name: means[1][name] / means[0][name] - 1 for name in means[0]}
+
+
+def _duration_s(step: Row, is_later: bool) -> float:
+    """A step's time, and for a prompt's later steps the gap before them."""
+    return float(step["exec_s"] + step["host_s"] + ((step["gap_s"] or 0.0) if is_later else 0.0))
+
+
+def _means(records: Sequence[Record]) -> dict[str, float]:
+    ttft_s = np.array([record.ttft_from_sent_s for record in records], dtype=float)
+    e2e_s = np.array([record.e2e_from_sent_s for record in records], dtype=float)
+    gaps = np.array([record.output_tokens - 1 for record in records])
+    tpot_s = (e2e_s - ttft_s)[gaps > 0] / gaps[gaps > 0]
+    return {"ttft": ttft_s.mean(), "tpot": tpot_s.mean(), "e2e": e2e_s.mean()}
+
+
+# --------------------------------------------------------------------------------------
+# The worker
+
+
+def recording_command(command: WorkerCommand, steps: Path) -> WorkerCommand:
+    """The same server with a record of each step in `steps`."""
+    argv = (*command.argv, "--scheduler-cls", SCHEDULER_CLS)
+    return replace(command, argv=argv, env={**recording_environment(steps), **command.env})
+
+
+def steps_path(replica: Planned, folder: Path, given: Path | None) -> Path:
+    """Where the worker's step records are. Raises InputError for a replica of another kind than
+    `vllm` and `url`, and for the latter when it is not said."""
+    kind = replica.entry.worker.kind
+    if kind == "vllm":
+        return folder / "worker.steps.jsonl"
+    if kind != "url":
+        raise InputError(
+            f"{replica.id}: worker.kind: {kind} cannot be calibrated; give kind: vllm, or start "
+            f"the server with --scheduler-cls {SCHEDULER_CLS} and give kind: url and --steps FILE"
+        )
+    if given is None or not given.is_file():
+        raise InputError(
+            f"{replica.id}: a server that runs already must record its steps on this machine: "
+            f"start it with --scheduler-cls {SCHEDULER_CLS} and {RECORDS_VARIABLE}=FILE, and give "
+            "--steps FILE"
+        )
+    return given
+
+
+@asynccontextmanager
+async def _running(
+    replica: Planned, cards: Sequence[int], home: Home, steps: Path
+) -> AsyncIterator[HttpWorker]:
+    """The worker, ready; one that was started here has ended afterwards."""
+    async with AsyncExitStack() as stack:
+        worker = client_of(replica, cards or None)
+        stack.callback(worker.close)
+        process, limit_s = None, _URL_LIMIT_S
+        hint = f"look whether the server runs at {replica.url}"
+        if replica.entry.worker.kind == "vllm":
+            _remove(steps)
+            log = home.folder / "worker.log"
+            command = recording_command(command_of(replica, cards, home.mark), steps)
+            process = await WorkerProcess.start(command, log, home)
+            stack.push_async_callback(process.stop)
+            limit_s = replica.entry.worker.start_limit(replica.entry.devices)
+            hint = f"look into {log}"
+        await _until_healthy(worker, process, limit_s, hint)
+        yield worker
+
+
+def _remove(file: Path) -> None:
+    """What an earlier run left there: the recorder would add to it."""
+    file.unlink(missing_ok=True)
+
+
+async def _until_healthy(
+    worker: HttpWorker, process: WorkerProcess | None, limit_s: float, hint: str
+) -> None:
+    try:
+        async with asyncio.timeout(limit_s):
+            while not await worker.is_healthy():
+                if process is not None and process.has_ended:
+                    raise InputError(f"{worker.id}: the server ended before it was ready; {hint}")
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError:
+        raise InputError(f"{worker.id}: not healthy within {limit_s:g} s; {hint}") from None
+
+
+async def engine_of(worker: HttpWorker, settings: EngineSettings) -> ProfileEngine:
+    """The settings, with the version and the blocks that the server tells of, if it does."""
+    known: dict[str, Any] = {"name": "vllm", "version": "unknown", **settings.model_dump()}
+    with suppress(WorkerError, ValueError, KeyError, TypeError):
+        known["version"] = str(json.loads((await worker.get("/version"))[1])["version"])
+    with suppress(WorkerError):
+        blocks = _NUM_BLOCKS.search((await worker.get("/metrics"))[1])
+        if blocks is not None:
+            known["num_kv_blocks"] = int(blocks[1])
+    return ProfileEngine.model_validate(known)
+
+
+# --------------------------------------------------------------------------------------
+# The run
+
+
+async def measure(
+    replica: Planned,
+    cards: Sequence[int],
+    home: Home,
+    *,
+    steps: Path | None = None,
+    settle_s: float = _SETTLE_S,
+    say: Callable[[str], None] = lambda line: None,
+) -> Measured:
+    """Send everything to the replica's worker, and leave what it showed in the home's folder.
+
+    `steps` is the file of a server that runs already. Raises InputError for a worker that does
+    not start, refuses a request or records nothing.
+    """
+    file = steps_path(replica, home.folder, steps)
+    settings = replica.entry.engine.resolve(replica.entry.load_profile())
+    begun_s = time.monotonic()
+    async with _running(replica, cards, home, file) as worker:
+        start_s = time.monotonic() - begun_s
+        engine = await engine_of(worker, settings)
+        say(f"{replica.id} is ready after {start_s:.0f} s: vLLM {engine.version}")
+        sent = await _send_all(replica.url, replica.entry.model, engine, say)
+        await asyncio.sleep(settle_s)
+        rows = _rows(file, sent[0].begin_s)
+    _write_requests(home.folder / "requests.jsonl", sent)
+    files = {part: _write_steps(home.folder, part, sent, rows) for part in _PARTS}
+    lone = [one for one in sent if one.name == "alone"]
+    lists = [one for one in sent if one.name == "traffic"]
+    swept = [one for one in sent if one.part in _SWEEPS]
+    return Measured(
+        folder=home.folder,
+        engine=engine.model_copy(update={"async_scheduling": _is_ahead(rows)}),
+        sweeps=tuple(files[part] for part in _SWEEPS),
+        traffic=tuple(files[part] for part in _TRAFFIC),
+        overhead=overhead_of(
+            [record for one in lone for record in one.records], list(_during(lone, rows))
+        ),
+        noise_floor=noise_floor_of(lists[0].records, lists[1].records),
+        start_s=start_s,
+        sweep_s=swept[-1].end_s - swept[0].begin_s,
+        total_s=sent[-1].end_s - sent[0].begin_s,
+    )
+
+
+async def _send_all(
+    url: str, model: str, engine: EngineSettings, say: Callable[[str], None]
+) -> list[_Sent]:
+    """Warm up with the largest batches, which touch most of the memory, then send each part."""
+    phases = sweep(engine)
+    largest = [phase for phase in phases if len(phase.chains) == decode_sizes(engine)[-1]]
+    parts = {_WARM_UP: largest, **dict.fromkeys(_SWEEPS, phases)}
+    parts |= {part: [traffic(engine)] for part in _TRAFFIC}
+    sent = []
+    for part, own in parts.items():
+        begun_s = time.monotonic()
+        sent += [await _send(url, model, part, phase) for phase in own]
+        say(f"{part}: {len(own)} phases in {time.monotonic() - begun_s:.1f} s")
+    return sent
+
+
+async def _send(url: str, model: str, part: str, phase: Phase) -> _Sent:
+    """Send a phase and wait for all its answers. Raises InputError when one is an error."""
+    begin_s = time.monotonic()
+    # Contents of their own in each run: none may find another's prompt in the prefix cache.
+    turns = (_turn(chain, 0, model, (begin_s, n), 0) for n, chain in enumerate(phase.chains))
+    records = await LoadClient(url, vocabulary=_VOCABULARY).send(turns)
+    for record in records:
+        if record.error:
+            raise InputError(
+                f"{url}: {phase.name}: a request of {record.prompt_tokens} tokens failed "
+                f"({record.error}); look into the server's log"
+            )
+    await asyncio.sleep(_PAUSE_S)
+    return _Sent(part, phase.name, begin_s, time.monotonic(), records)
+
+
+def _turn(chain: Chain, number: int, model: str, mark: tuple[float, int], now_ns: int) -> Request:
+    """A request of a chain, and behind it the next one."""
+    ask, name = chain[number], f"{mark[1]}.{number}"
+    view = RequestView(name, model, now_ns / 1e9, ask.prompt_tokens, ask.output_tokens)
+    goes_on = number + 1 < len(chain)
+    following = partial(_turn, chain, number + 1, model, mark) if goes_on else None
+    prompt = (((*mark, number), ask.prompt_tokens),)
+    return Request(view, now_ns, prompt, ask.output_tokens, next_turn=following)
+
+
+# --------------------------------------------------------------------------------------
+# Files
+
+
+def _rows(file: Path, since_s: float) -> list[Row]:
+    """The worker's steps from then on. Raises InputError when there are none."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row["start_s"] >= since_s]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: no step records ({error}); look into the server's log") from None
+    if not rows:
+        raise InputError(f"{file}: the worker recorded no step; look into its log for `viisim:`")
+    return rows
+
+
+def _during(sent: Sequence[_Sent], rows: Sequence[Row]) -> Iterator[Row]:
+    for one in sent:
+        yield from (row for row in rows if one.begin_s <= row["start_s"] < one.end_s)
+
+
+def _write_steps(folder: Path, part: str, sent: Sequence[_Sent], rows: Sequence[Row]) -> Path:
+    path = folder / f"{part}.steps.jsonl"
+    own = _during([one for one in sent if one.part == part], rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+    return path
+
+
+def _write_requests(path: Path, sent: Sequence[_Sent]) -> None:
+    """Every request as the client saw it, with the part and the phase it belongs to."""
+    lines = (
+        json.dumps({"part": one.part, "phase": one.name, **asdict(record)}) + "\n"
+        for one in sent
+        for record in one.records
+    )
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _is_ahead(rows: Sequence[Row]) -> bool:
+    """Whether the engine schedules a step while the last one executes: then most steps follow it
+    without any gap."""
+    return median(0.0 if row["gap_s"] == 0.0 else 1.0 for row in rows) == 0.0
