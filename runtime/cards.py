@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import count, islice
 
-from runtime.cluster import numbered
+from runtime.cluster import Planned
 from viisim.config import Experiment
 from viisim.errors import InputError
 
@@ -33,14 +34,37 @@ def cards_of(experiment: Experiment) -> dict[str, tuple[int, ...]]:
         replica_id: tuple(islice(free, entry.devices))
         if entry.worker.cards is None
         else shares[replica_id]
-        for replica_id, entry in numbered(experiment)
+        for replica_id, entry in experiment.numbered_replicas()
         if entry.worker.kind in STARTED
     }
 
 
-def check_cards(experiment: Experiment) -> None:
-    """Raises InputError, naming both replicas, where two would take the same card."""
-    cards_of(experiment)
+def cards_beside(
+    kept: Mapping[int, str], experiment: Experiment, replicas: Sequence[Planned]
+) -> dict[str, tuple[int, ...]]:
+    """The cards of replicas that are added beside workers which keep theirs: those that the file
+    names, else the lowest that neither the file names nor a worker keeps.
+
+    Raises InputError where the file names a card twice, or one that is kept.
+    """
+    by_file = cards_of(experiment)
+    named = {card for one in experiment.cluster.replicas for card in one.worker.cards or ()}
+    free = (card for card in count() if card not in named and card not in kept)
+    found = {}
+    for replica in replicas:
+        if replica.entry.worker.kind not in STARTED:
+            continue
+        if replica.entry.worker.cards is None:
+            found[replica.id] = tuple(islice(free, replica.entry.devices))
+            continue
+        found[replica.id] = by_file[replica.file_id]
+        for card in found[replica.id]:
+            if card in kept:
+                raise InputError(
+                    f"{experiment.name}: cluster.replicas: card {card} is wanted for another "
+                    f"replica, but {kept[card]} runs there and stays; give another card"
+                )
+    return found
 
 
 def spare_cards(experiment: Experiment) -> tuple[int, ...]:
@@ -53,7 +77,7 @@ def spare_cards(experiment: Experiment) -> tuple[int, ...]:
 
 def _named_cards(experiment: Experiment) -> dict[str, tuple[int, ...]]:
     """The cards of replicas whose entry names them."""
-    ids = (replica_id for replica_id, _ in numbered(experiment))
+    ids = (replica_id for replica_id, _ in experiment.numbered_replicas())
     shares: dict[str, tuple[int, ...]] = {}
     for index, entry in enumerate(experiment.cluster.replicas):
         own, cards, size = list(islice(ids, entry.count)), entry.worker.cards, entry.devices

@@ -31,19 +31,12 @@ class Planned:
 
 def planned(experiment: Experiment) -> list[Planned]:
     """Every replica of the cluster, with a free port for each that is to be started."""
-    entries = numbered(experiment)
+    entries = experiment.numbered_replicas()
     ports = free_ports(len(entries))
     return [
         Planned(name, entry, entry.worker.url or f"http://127.0.0.1:{port}", name)
         for (name, entry), port in zip(entries, ports, strict=True)
     ]
-
-
-def numbered(experiment: Experiment) -> list[tuple[str, ReplicaConfig]]:
-    """Every replica's id, the same as in a simulation, and its entry in the file."""
-    entries = [entry for entry in experiment.cluster.replicas for _ in range(entry.count)]
-    width = len(str(len(entries) - 1))
-    return [(f"r{index:0{width}}", entry) for index, entry in enumerate(entries)]
 
 
 def client_of(

@@ -12,11 +12,11 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 from aiohttp import web
@@ -29,7 +29,7 @@ from runtime.app import DRIVER, KEYS, make_app
 from runtime.card_metrics import CardMetrics
 from runtime.card_readers import Cards, open_cards
 from runtime.card_watch import CardWatch, NoCards, capped
-from runtime.cards import STARTED, cards_of
+from runtime.cards import STARTED, cards_beside
 from runtime.cluster import Planned, client_of, free_ports, planned
 from runtime.commands import WorkerCommand, command_of
 from runtime.driver import Driver
@@ -414,34 +414,6 @@ def _needing_a_restart(before: Experiment, wanted: Experiment) -> list[str]:
     """The keys whose change a reload leaves for the next start."""
     old, new = before.deploy.model_dump(), wanted.deploy.model_dump()
     return [f"deploy.{key}" for key in new if key != "keys" and new[key] != old[key]]
-
-
-def cards_beside(
-    kept: Mapping[int, str], experiment: Experiment, replicas: Sequence[Planned]
-) -> dict[str, tuple[int, ...]]:
-    """The cards of replicas that are added beside workers which keep theirs: those that the file
-    names, else the lowest that neither the file names nor a worker keeps.
-
-    Raises InputError where the file names a card twice, or one that is kept.
-    """
-    by_file = cards_of(experiment)
-    named = {card for one in experiment.cluster.replicas for card in one.worker.cards or ()}
-    free = (card for card in count() if card not in named and card not in kept)
-    found = {}
-    for replica in replicas:
-        if replica.entry.worker.kind not in STARTED:
-            continue
-        if replica.entry.worker.cards is None:
-            found[replica.id] = tuple(islice(free, replica.entry.devices))
-            continue
-        found[replica.id] = by_file[replica.file_id]
-        for card in found[replica.id]:
-            if card in kept:
-                raise InputError(
-                    f"{experiment.name}: cluster.replicas: card {card} is wanted for another "
-                    f"replica, but {kept[card]} runs there and stays; give another card"
-                )
-    return found
 
 
 def time_scale(experiment: Experiment, speed: float) -> float:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from runtime.cards import cards_of, check_cards, spare_cards
-from runtime.cluster import Planned, numbered
+from runtime.cards import cards_of, spare_cards
+from runtime.cluster import Planned
 from runtime.commands import WorkerCommand, command_of, weights_of
 from viisim.cli.dry_run import commands_text, print_commands
 from viisim.cli.placement import placement_of, print_placement
@@ -52,7 +52,7 @@ def replicas_of(found: Experiment) -> list[Planned]:
     """On ports that are the same every time."""
     return [
         Planned(replica_id, entry, entry.worker.url or f"http://127.0.0.1:{port}", replica_id)
-        for port, (replica_id, entry) in enumerate(numbered(found), 8001)
+        for port, (replica_id, entry) in enumerate(found.numbered_replicas(), 8001)
     ]
 
 
@@ -286,7 +286,7 @@ def test_spare_cards_are_the_lowest_that_are_left() -> None:
 def test_a_card_given_to_two_replicas_is_refused_with_both_named() -> None:
     worker = {"kind": "vllm", "cards": [0]}
     with pytest.raises(InputError) as caught:
-        check_cards(experiment({"worker": worker}, {"worker": worker}))
+        cards_of(experiment({"worker": worker}, {"worker": worker}))
     assert str(caught.value) == (
         "box: cluster.replicas: card 0 is given to both r0 and r1; give each card to one replica"
     )
@@ -295,7 +295,7 @@ def test_a_card_given_to_two_replicas_is_refused_with_both_named() -> None:
 def test_too_few_cards_are_refused_with_the_number_that_is_needed() -> None:
     worker = {"kind": "vllm", "cards": [0, 1, 2]}
     with pytest.raises(InputError) as caught:
-        check_cards(experiment({"count": 2, "tensor_parallel": 2, "worker": worker}))
+        cards_of(experiment({"count": 2, "tensor_parallel": 2, "worker": worker}))
     assert str(caught.value) == (
         "box: cluster.replicas.0.worker.cards: 3 for 2 x 2; give 4, or leave the key out"
     )

@@ -113,7 +113,7 @@ def new_scheduler(config: dict[str, Any], preempted: list[str]) -> Any:
 
     base: Any = AsyncScheduler if config["async_scheduling"] else Scheduler
 
-    class Watched(base):  # type: ignore[misc]
+    class Watched(base):  # type: ignore[misc]  # which of the two is known only now
         """Tells whom it preempts, in order; the output of `schedule()` does not."""
 
         def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:

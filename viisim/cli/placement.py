@@ -34,7 +34,6 @@ def placement_of(experiment: Experiment) -> dict[str, Any]:
     Raises InputError for cards that overlap.
     """
     from runtime.cards import cards_of
-    from runtime.cluster import numbered
 
     cards = cards_of(experiment)
     rows = [
@@ -46,7 +45,7 @@ def placement_of(experiment: Experiment) -> dict[str, Any]:
             "cards": list(cards[replica_id]) if replica_id in cards else None,
             **_fit(entry),
         }
-        for replica_id, entry in numbered(experiment)
+        for replica_id, entry in experiment.numbered_replicas()
     ]
     return {"name": experiment.name, "replicas": rows, "spare": _spare(experiment)}
 

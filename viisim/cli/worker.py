@@ -97,10 +97,11 @@ def _fork_on_request(experiment: Experiment, speed: float, answers: TextIO) -> N
 
 
 def _chosen(experiment: Experiment, ids: Sequence[str]) -> list[SimulatedReplica]:
-    from runtime.cluster import numbered
     from viisim.config import SimulatedReplica
 
-    entries = {name: entry for name, entry in numbered(experiment) if entry.worker.kind != "url"}
+    entries = {
+        name: entry for name, entry in experiment.numbered_replicas() if entry.worker.kind != "url"
+    }
     for name in ids:
         if name not in entries:
             known = ", ".join(entries) or "none to simulate"
