@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from zlib import crc32
@@ -33,6 +34,9 @@ class Record:
     due_s: float
     sent_s: float = -1.0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, found in a prefix cache, where the server says so (vLLM with
+    --enable-prompt-tokens-details)."""
     output_tokens: int = 0
     priority: int = 0
     tenant: str = ""
@@ -55,12 +59,22 @@ class Record:
         return json.dumps(asdict(self), separators=(",", ":"))
 
 
-def token_ids(prompt: Iterable[tuple[Any, int]], vocabulary: range = VOCABULARY) -> list[int]:
-    """A prompt as token ids, equal where the workload says that prompts are equal."""
+def token_ids(
+    prompt: Iterable[tuple[Any, int]],
+    vocabulary: range = VOCABULARY,
+    salt: str = "",
+    known: Mapping[Any, list[int]] | None = None,
+) -> list[int]:
+    """A prompt as token ids, equal where the workload says that prompts are equal; under another
+    salt, no prompt begins like one of these. Segments that are `known`, being answers to earlier
+    turns, are taken from there."""
     ids: list[int] = []
     for segment, tokens in prompt:
+        if known is not None and len(known.get(segment, ())) >= tokens:
+            ids += known[segment][:tokens]
+            continue
         # Drawn, not counted up: with a small vocabulary unequal prompts would soon be equal.
-        draw = default_rng(crc32(repr(segment).encode()))
+        draw = default_rng(crc32(f"{salt}{segment!r}".encode()))
         ids += draw.integers(vocabulary.start, vocabulary.stop, tokens).tolist()
     return ids
 
@@ -76,20 +90,28 @@ class LoadClient:
         exact_lengths: bool = True,
         speed: float = 1.0,
         vocabulary: range = VOCABULARY,
+        salt: str = "",
+        as_text: bool = False,
         timeout_s: float = 3600.0,
         on_done: Callable[[Record], None] = lambda record: None,
     ) -> None:
         """`speed` 10 sends ten seconds' worth in one; `exact_lengths` asks the server to ignore
         the end of an answer, so that it has the workload's length (a vLLM option). Prompts are
-        made of the token ids in `vocabulary`."""
+        made of the token ids in `vocabulary`; a `salt` of its own keeps a run from finding the
+        prompts of another in a prefix cache; `as_text` sends characters of those numbers, for
+        servers that take no ids."""
         self._url = url.rstrip("/")
         self._key = key
         self._exact = exact_lengths
         self._speed = speed
         self._vocabulary = vocabulary
+        self._salt = salt
+        self._as_text = as_text
         self._timeout_s = timeout_s
         self._on_done = on_done
         self._records: list[Record] = []
+        self._answers: dict[Any, list[int]] = {}
+        """Token ids of answers, by segment: later turns of their sessions repeat them."""
 
     async def send(self, requests: Iterator[Request]) -> list[Record]:
         """Send all of them; returns their records in the order of sending."""
@@ -137,26 +159,35 @@ class LoadClient:
             streamed=view.streamed,
         )
         self._records.append(record)
+        prompt = token_ids(request.prompt, self._vocabulary, self._salt, self._answers)
         body: dict[str, Any] = {
             "model": view.model,
-            "prompt": token_ids(request.prompt, self._vocabulary),
+            "prompt": "".join(map(chr, prompt)) if self._as_text else prompt,
             "max_tokens": request.output_tokens,
             "stream": view.streamed,
         }
         if self._exact:
-            body |= {"ignore_eos": True, "min_tokens": request.output_tokens}
+            # Greedy: what the sampler draws must not decide how long a step takes.
+            body |= {"ignore_eos": True, "min_tokens": request.output_tokens, "temperature": 0.0}
         if view.priority:
             body["priority"] = view.priority
         if view.streamed:
             body["stream_options"] = {"include_usage": True}
+        returned = None
+        if request.next_turn is not None and request.output_segment is not None:
+            # vLLM's; what another server makes of it, a session's prefix is shared up to its
+            # last answer only.
+            body["return_token_ids"] = True
+            returned = self._answers[request.output_segment] = []
         try:
-            await self._exchange(json.dumps(body).encode(), record)
+            await self._exchange(json.dumps(body).encode(), record, returned)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             record.error = str(error) or type(error).__name__
         self._on_done(record)
         return record
 
-    async def _exchange(self, body: bytes, record: Record) -> None:
+    async def _exchange(self, body: bytes, record: Record, returned: list[int] | None) -> None:
+        """Send, and read the answer into the record, its token ids into `returned`."""
         headers = {"Content-Type": "application/json", "X-Request-Id": record.id}
         record.sent_s = self._now_s()
         async with self._session.post(
@@ -167,16 +198,23 @@ class LoadClient:
                 record.error = (await answer.text())[:300]
                 return
             if record.streamed:
-                await self._read_stream(answer, record)
+                await self._read_stream(answer, record, returned)
             else:
                 content = await answer.json()
-                record.output_tokens = content.get("usage", {}).get("completion_tokens", 0)
+                if returned is not None:
+                    returned += content["choices"][0].get("token_ids") or ()
+                usage = content.get("usage") or {}
+                record.output_tokens = usage.get("completion_tokens", 0)
+                details = usage.get("prompt_tokens_details") or {}
+                record.cached_tokens = details.get("cached_tokens", 0)
         end_s = self._now_s()
         record.e2e_s = end_s - record.due_s
         record.e2e_from_sent_s = end_s - record.sent_s
 
-    async def _read_stream(self, answer: aiohttp.ClientResponse, record: Record) -> None:
-        tail = b""
+    async def _read_stream(
+        self, answer: aiohttp.ClientResponse, record: Record, returned: list[int] | None
+    ) -> None:
+        tail, whole = b"", bytearray()
         async for data in answer.content.iter_any():
             now_s = self._now_s()
             if record.ttft_s is None:
@@ -185,13 +223,24 @@ class LoadClient:
             pieces = data.count(b'"text"') + data.count(b'"delta"')
             record.token_s += [now_s] * pieces
             tail = (tail + data)[-2048:]
-        usage = tail.rpartition(b'"completion_tokens":')[2]
-        digits = usage[: len(usage) - len(usage.lstrip(b" 0123456789"))].strip()
-        record.output_tokens = int(digits) if digits else len(record.token_s)
+            if returned is not None:
+                whole += data
+        if returned is not None:
+            found = re.findall(rb'"token_ids": ?\[([0-9, ]+)\]', whole)
+            returned += [int(number) for ids in found for number in ids.split(b",")]
+        answered = _number(tail, b"completion_tokens")
+        record.output_tokens = len(record.token_s) if answered is None else answered
+        record.cached_tokens = _number(tail, b"cached_tokens") or 0
         if b'"error"' in tail:
             record.error = tail[-300:].decode(errors="replace")
         elif b'"finish_reason":"' not in tail.replace(b": ", b":"):
             record.error = "the stream ended without a finish_reason"
+
+
+def _number(text: bytes, key: bytes) -> int | None:
+    """The last value of a key in JSON text that may be cut off in front."""
+    found = re.findall(rb'"%s": ?(\d+)' % key, text)
+    return int(found[-1]) if found else None
 
 
 def late_share(records: list[Record]) -> float:

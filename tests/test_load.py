@@ -202,3 +202,61 @@ class TestSlo:
 
     def test_at_a_higher_speed_everything_must_be_sooner(self):
         assert self.met(speed=2.0) == 0
+
+
+class TestPrompts:
+    def test_another_salt_changes_every_block_of_a_prompt(self):
+        one, other = (token_ids([("a", 64)], salt=salt) for salt in ("x", "y"))
+        blocks = zip(range(0, 64, 8), range(8, 72, 8), strict=True)
+        assert all(one[a:b] != other[a:b] for a, b in blocks)
+
+    def test_an_answer_that_is_known_is_repeated(self):
+        known = {"answer": [7, 8, 9]}
+        assert token_ids([("answer", 2)], known=known) == [7, 8]
+
+    def test_an_answer_cut_short_is_made_up(self):
+        assert token_ids([("answer", 2)], known={"answer": [7]}) == token_ids([("answer", 2)])
+
+
+def recording(bodies: list[dict[str, Any]], **answer: Any) -> web.Application:
+    """A server that keeps what it was asked, and streams one piece."""
+
+    async def complete(asked: web.Request) -> web.StreamResponse:
+        bodies.append(await asked.json())
+        stream = web.StreamResponse()
+        await stream.prepare(asked)
+        choice = {"text": "x", "finish_reason": "length", **answer}
+        usage = {"completion_tokens": 6, "prompt_tokens_details": {"cached_tokens": 32}}
+        for event in ({"choices": [choice]}, {"choices": [], "usage": usage}):
+            await stream.write(b"data: " + json.dumps(event, separators=(",", ":")).encode())
+        return stream
+
+    return answering(complete)
+
+
+class TestBody:
+    def test_exact_lengths_are_asked_for_greedily(self):
+        bodies: list[dict[str, Any]] = []
+        sent(recording(bodies), [due(0)])
+        assert bodies[0]["temperature"] == 0.0
+
+    def test_as_text_a_prompt_has_a_character_a_token(self):
+        bodies: list[dict[str, Any]] = []
+        sent(recording(bodies), [due(0)], as_text=True, vocabulary=range(97, 123))
+        assert len(bodies[0]["prompt"]) == 40
+        assert bodies[0]["prompt"].islower()
+
+    def test_cached_tokens_are_recorded(self):
+        (record,) = sent(recording([]), [due(0)])
+        assert record.cached_tokens == 32
+
+    def test_the_next_turn_repeats_the_answer_that_was_given(self):
+        bodies: list[dict[str, Any]] = []
+        second = replace(due(0, "second"), prompt=(("first", 40), ("answer", 6)))
+        first = replace(
+            due(0, "first"),
+            output_segment="answer",
+            next_turn=lambda now_ns: replace(second, arrived_ns=now_ns),
+        )
+        sent(recording(bodies, token_ids=[1, 2, 3, 4, 5, 6]), [first])
+        assert bodies[1]["prompt"] == bodies[0]["prompt"] + [1, 2, 3, 4, 5, 6]
