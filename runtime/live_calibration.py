@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -70,16 +70,28 @@ class Overhead:
     mean_s: float
     p50_s: float
     p90_s: float
-    fixed_s: float
-    per_prompt_token_s: float
-    """A straight line through all of them."""
+    request_s: float
+    request_per_prompt_token_s: float
+    """From sending until the first step begins: a straight line, not below 0."""
+    answer_s: float
+    """The rest, from the end of the last step until the client has the token; the median."""
 
     @classmethod
-    def of(cls, prompt_tokens: Sequence[int], extra_s: Sequence[float]) -> Overhead:
-        """Of each request's prompt and what it waited beyond its steps."""
-        slope, fixed = np.polyfit(prompt_tokens, extra_s, 1)
-        p90_s = float(np.quantile(extra_s, 0.9))
-        return cls(len(extra_s), fmean(extra_s), median(extra_s), p90_s, float(fixed), float(slope))
+    def of(
+        cls, prompt_tokens: Sequence[int], request_s: Sequence[float], answer_s: Sequence[float]
+    ) -> Overhead:
+        """Of each request's prompt, and how long it and its answer were on their way."""
+        extra_s = np.add(request_s, answer_s)
+        fixed_s, slope_s = _line(prompt_tokens, request_s)
+        return cls(
+            requests=len(extra_s),
+            mean_s=float(extra_s.mean()),
+            p50_s=float(np.median(extra_s)),
+            p90_s=float(np.quantile(extra_s, 0.9)),
+            request_s=fixed_s,
+            request_per_prompt_token_s=slope_s,
+            answer_s=max(median(answer_s), 0.0),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +121,24 @@ class _Sent:
     """The pass it belongs to, and so the name of its file."""
     name: str
     begin_s: float
+    """Zero of the records' clock."""
     end_s: float
     records: Sequence[Record]
 
+    def records_by_steps_clock(self) -> list[Record]:
+        """The records, their `sent_s` on the machine's monotonic clock."""
+        return [replace(one, sent_s=self.begin_s + one.sent_s) for one in self.records]
+
 
 def overhead_of(records: Sequence[Record], steps: Sequence[Row]) -> Overhead:
-    """Of requests that were sent one after the other, and the worker's steps meanwhile.
+    """Of requests that were sent one after the other, and the worker's steps meanwhile; `sent_s`
+    and `start_s` are on one clock.
 
     Raises InputError where the steps are not those of these requests.
     """
     prefills = [step for step in steps if step["prefill_tokens"]]
     ends = list(accumulate(step["prefill_tokens"] for step in prefills))
-    extra_s, done, first = [], 0, 0
+    request_s, answer_s, done, first = [], [], 0, 0
     for record in records:
         done += record.prompt_tokens
         if done not in ends:
@@ -129,19 +147,28 @@ def overhead_of(records: Sequence[Record], steps: Sequence[Row]) -> Overhead:
                 "client uses it, or it records elsewhere; calibrate a worker that is left alone"
             )
         last = ends.index(done) + 1
-        engine_s = sum(
-            _duration_s(step, chunk > 0) for chunk, step in enumerate(prefills[first:last])
-        )
+        own = prefills[first:last]
+        engine_s = sum(_duration_s(step, chunk > 0) for chunk, step in enumerate(own))
         assert record.ttft_from_sent_s is not None, "it was answered"
-        extra_s.append(record.ttft_from_sent_s - engine_s)
+        request_s.append(own[0]["start_s"] - record.sent_s)
+        answer_s.append(record.ttft_from_sent_s - request_s[-1] - engine_s)
         first = last
-    return Overhead.of([record.prompt_tokens for record in records], extra_s)
+    return Overhead.of([record.prompt_tokens for record in records], request_s, answer_s)
 
 
 def noise_floor_of(first: Sequence[Record], second: Sequence[Record]) -> dict[str, float]:
     """Relative difference of the means between two runs of one list."""
     means = [_means(records) for records in (first, second)]
     return {name: means[1][name] / means[0][name] - 1 for name in means[0]}
+
+
+def _line(x: Sequence[int], y: Sequence[float]) -> tuple[float, float]:
+    """Intercept and slope, neither below 0, of the line that half of the points lie above. Its
+    slope is the median of all pairs' (Theil and Sen): a hiccup or two do not turn it."""
+    from scipy.stats import theilslopes
+
+    slope = max(float(theilslopes(y, x).slope), 0.0) if len(set(x)) > 1 else 0.0
+    return max(float(np.median(np.subtract(y, np.multiply(slope, x)))), 0.0), slope
 
 
 def _duration_s(step: Row, is_later: bool) -> float:
@@ -278,7 +305,8 @@ async def measure(
         sweeps=tuple(files[part] for part in _SWEEPS),
         traffic=tuple(files[part] for part in _TRAFFIC),
         overhead=overhead_of(
-            [record for one in lone for record in one.records], list(_during(lone, rows))
+            [record for one in lone for record in one.records_by_steps_clock()],
+            list(_during(lone, rows)),
         ),
         noise_floor=noise_floor_of(lists[0].records, lists[1].records),
         start_s=start_s,
@@ -305,10 +333,16 @@ async def _send_all(
 
 async def _send(url: str, model: str, part: str, phase: Phase) -> _Sent:
     """Send a phase and wait for all its answers. Raises InputError when one is an error."""
-    begin_s = time.monotonic()
-    # Contents of their own in each run: none may find another's prompt in the prefix cache.
-    turns = (_turn(chain, 0, model, (begin_s, n), 0) for n, chain in enumerate(phase.chains))
-    records = await LoadClient(url, vocabulary=_VOCABULARY).send(turns)
+    begin_s = 0.0
+
+    def turns() -> Iterator[Request]:
+        nonlocal begin_s
+        begin_s = time.monotonic()  # the client, too, counts from when it asks for a request
+        for number, chain in enumerate(phase.chains):
+            # Contents of their own in each run: none may find another's in the prefix cache.
+            yield _turn(chain, 0, model, (begin_s, number), 0)
+
+    records = await LoadClient(url, vocabulary=_VOCABULARY).send(turns())
     for record in records:
         if record.error:
             raise InputError(

@@ -1,8 +1,8 @@
 """vLLM as far as a live calibration sees it: `stub_recording_vllm.py WEIGHTS --port N ...`.
 
 It batches as vLLM does, first come first served with chunked prefill, streams the tokens, and
-writes a record of every step to the file that VIISIM_STEP_RECORDS names. A step takes no longer
-than the answers; what it says of its time follows a straight line.
+writes a record of every step to the file that VIISIM_STEP_RECORDS names. A step takes no time;
+what it says of its time follows a straight line.
 """
 
 import asyncio
@@ -18,6 +18,8 @@ from aiohttp import web
 DECODE_BASE_S, DECODE_CONTEXT_S = 2e-4, 2e-8
 PREFILL_BASE_S, PREFILL_TOKEN_S = 3e-4, 1e-6
 HOST_S, GAP_S = 1e-5, 1e-6
+REQUEST_S, ANSWER_S = 3e-3, 5e-3
+"""How long its front end keeps a request, and the beginning of an answer."""
 
 
 def word(name: str) -> str:
@@ -84,6 +86,7 @@ class Engine:
             "decode_context_tokens": context,
             "prefill_tokens": prefill,
             "prefill_pairs": pairs,
+            "preempted": 0,
         }
 
     def send(self, one: Sequence) -> None:
@@ -102,11 +105,14 @@ async def complete(request: web.Request) -> web.StreamResponse:
     sequence = Sequence(len(body["prompt"]), body["max_tokens"])
     answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await answer.prepare(request)
+    await asyncio.sleep(REQUEST_S)
     engine.waiting.append(sequence)
     engine.arrived.set()
     number = 0
     while number < sequence.outputs:
-        number = await sequence.tokens.get()
+        before, number = number, await sequence.tokens.get()
+        if not before:
+            await asyncio.sleep(ANSWER_S)
         reason = "length" if number == sequence.outputs else None
         await answer.write(event(choices=[{"index": 0, "text": "x", "finish_reason": reason}]))
     usage = {"prompt_tokens": sequence.prompt, "completion_tokens": number}

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from runtime.cluster import planned
 from runtime.commands import command_of
 from runtime.live_calibration import (
+    Overhead,
     noise_floor_of,
     overhead_of,
     recording_command,
@@ -157,10 +158,13 @@ def test_an_engine_without_room_for_a_request_is_refused() -> None:
 # -- what is learned --
 
 
-def record(prompt: int, ttft_s: float, e2e_s: float = 1.0, outputs: int = 2) -> Record:
+def record(
+    prompt: int, ttft_s: float, e2e_s: float = 1.0, outputs: int = 2, sent_s: float = 0.0
+) -> Record:
     return Record(
         "0",
         0.0,
+        sent_s=sent_s,
         prompt_tokens=prompt,
         output_tokens=outputs,
         ttft_from_sent_s=ttft_s,
@@ -168,8 +172,29 @@ def record(prompt: int, ttft_s: float, e2e_s: float = 1.0, outputs: int = 2) -> 
     )
 
 
-def step(prefill: int, exec_s: float, gap_s: float | None = 0.5) -> dict[str, Any]:
-    return {"prefill_tokens": prefill, "exec_s": exec_s, "host_s": 0.001, "gap_s": gap_s}
+def step(
+    prefill: int, exec_s: float, gap_s: float | None = 0.5, start_s: float = 0.0
+) -> dict[str, Any]:
+    return {
+        "start_s": start_s,
+        "prefill_tokens": prefill,
+        "exec_s": exec_s,
+        "host_s": 0.001,
+        "gap_s": gap_s,
+    }
+
+
+def lone(prompts: list[int], way_s: list[float], back_s: list[float]) -> Overhead:
+    """Of requests sent a second apart, whose only step takes 0.1 s."""
+    records = [
+        record(prompt, way + 0.1 + back, sent_s=float(second))
+        for second, (prompt, way, back) in enumerate(zip(prompts, way_s, back_s, strict=True))
+    ]
+    steps = [
+        step(prompt, 0.099, start_s=second + way)
+        for second, (prompt, way) in enumerate(zip(prompts, way_s, strict=True))
+    ]
+    return overhead_of(records, steps)
 
 
 def test_the_overhead_is_what_the_steps_of_the_prompt_do_not_explain() -> None:
@@ -178,11 +203,31 @@ def test_the_overhead_is_what_the_steps_of_the_prompt_do_not_explain() -> None:
     assert found.mean_s == pytest.approx(0.5 * (0.111 - 0.101 + 0.103 - 0.084))
 
 
-def test_the_overhead_is_split_into_a_fixed_part_and_one_a_prompt_token() -> None:
-    steps = [step(10, 0.1), step(110, 0.2)]
-    found = overhead_of([record(10, 0.101 + 0.005), record(110, 0.201 + 0.007)], steps)
-    assert found.per_prompt_token_s == pytest.approx(2e-5)
-    assert found.fixed_s == pytest.approx(0.0048)
+def test_the_way_to_the_engine_has_a_fixed_part_and_one_a_prompt_token() -> None:
+    found = lone([10, 60, 110], [0.0052, 0.0062, 0.0072], [0.002, 0.004, 0.003])
+    assert found.request_per_prompt_token_s == pytest.approx(2e-5)
+    assert found.request_s == pytest.approx(0.005)
+
+
+def test_the_way_back_is_the_rest() -> None:
+    found = lone([10, 60, 110], [0.0052, 0.0062, 0.0072], [0.002, 0.004, 0.003])
+    assert found.answer_s == pytest.approx(0.003)
+
+
+def test_a_hiccup_does_not_turn_the_line() -> None:
+    prompts = [10, 20, 40, 80, 160]
+    found = lone(prompts, [0.005, 0.005, 0.005, 0.005, 0.5], [0.002] * 5)
+    assert (found.request_s, found.request_per_prompt_token_s) == pytest.approx((0.005, 0.0))
+
+
+def test_a_line_that_falls_is_level() -> None:
+    found = lone([10, 60, 110], [0.007, 0.006, 0.005], [0.002] * 3)
+    assert (found.request_s, found.request_per_prompt_token_s) == pytest.approx((0.006, 0.0))
+
+
+def test_prompts_of_one_length_have_no_slope() -> None:
+    found = lone([16, 16], [0.005, 0.007], [0.002, 0.002])
+    assert (found.request_s, found.request_per_prompt_token_s) == pytest.approx((0.006, 0.0))
 
 
 def test_steps_of_another_client_are_an_error() -> None:
@@ -293,6 +338,13 @@ class TestAgainstAStub:
 
     def test_the_client_waits_longer_than_the_engine(self, stubbed: Any) -> None:
         assert stubbed[1]["host_overhead"]["p50_s"] > 0
+
+    def test_the_profile_has_the_way_to_the_engine_and_back(self, stubbed: Any) -> None:
+        api = load_profile("p.yaml", stubbed[0]).api
+        assert api is not None
+        # The stub waits at least so long; the machine adds to it.
+        assert api.request_s + 254 * api.request_per_prompt_token_s > stub.REQUEST_S / 2
+        assert api.answer_s > stub.ANSWER_S / 2
 
     def test_the_summary_lies_beside_the_measurements(self, stubbed: Any) -> None:
         folder, summary = stubbed

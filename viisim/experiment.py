@@ -47,7 +47,7 @@ from viisim.records import SeedResult
 from viisim.results import RunFolder, file_hash, make_manifest, write_run
 from viisim.roofline import is_uncalibrated
 from viisim.simulation import ReplicaSpec, Simulation
-from viisim.step_costs import step_costs_of, step_time_of
+from viisim.step_costs import api_server_of, step_costs_of, step_time_of
 
 SeedProgress: TypeAlias = Callable[[int, int], None]
 """Told how many requests of a seed have arrived, of how many."""
@@ -147,6 +147,7 @@ def _spec(replica: SimulatedReplica, devices: tuple[str, ...]) -> ReplicaSpec:
         _step_time(replica),
         settings.coalesce,
         step_costs_of(replica.profile, settings.max_num_batched_tokens),
+        api_server_of(replica.profile),
     )
 
 

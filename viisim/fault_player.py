@@ -1,6 +1,6 @@
 """Faults in the simulation: what the core would be told of them by `runtime.driver`.
 
-One player a run. It decides what becomes of a fault, and of a request on its way to a replica that
+One player a run. It decides what becomes of a fault, and of a request dispatched to a replica that
 has one; what it needs of the simulation says `FaultyCluster`.
 
 What a deployment would know, and when: that a process has died, its supervisor sees at once; that
@@ -11,7 +11,6 @@ supervisor ends the process.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -66,19 +65,36 @@ class FaultyCluster(Protocol):
         """The attempts that its engine has, in order of arrival."""
 
     def hand_over(self, flight: Flight, replica_id: str) -> None:
-        """The request has reached its replica."""
+        """The request has reached its replica, if not yet the engine."""
+
+    def delay(
+        self,
+        flight: Flight,
+        replica_id: str,
+        delay_ns: int,
+        arrive: Callable[[Flight, str], None],
+    ) -> None:
+        """Have `arrive(flight, replica_id)` called so much later, unless the attempt is over by
+        then."""
+
+    def hold(self, flight: Flight, replica_id: str) -> None:
+        """The request does not reach its replica before `release`."""
+
+    def release(self, replica_id: str) -> None:
+        """What was held back gets there."""
+
+    def fail_underway(self, replica_id: str) -> None:
+        """What is on the way to the replica fails."""
 
     def fail(self, flight: Flight, reason: str, worker_fault: bool = True) -> None:
         """The attempt is over, unless it was already."""
 
     def lose(self, replica: Replica, until_ns: int) -> None:
-        """The replica dies, and is back then, empty. The core knows."""
+        """The replica dies with all that is in it or on the way to it, and is back then, empty.
+        The core knows."""
 
     def set_up(self, replica_id: str, is_up: bool) -> None:
         """The core learns that the replica takes requests, or takes none."""
-
-    def let_go(self, replica_id: str) -> None:
-        """No fault keeps anything of a replica back any more; one that drains may go."""
 
 
 class FaultPlayer:
@@ -97,9 +113,6 @@ class FaultPlayer:
         """By the kernel's number, as the others below."""
         self._notices: dict[int, Fault] = {}
         self._heated: dict[int, tuple[Fault, Throttle]] = {}
-        self._distant: dict[int, tuple[Flight, str]] = {}
-        self._waiting: dict[str, dict[Flight, None]] = defaultdict(dict)
-        """On their way to a replica that hangs or is far away."""
 
     def start(self) -> None:
         """Have the first fault come."""
@@ -120,11 +133,10 @@ class FaultPlayer:
             case "refuse":
                 self._cluster.fail(flight, REFUSED, worker_fault=False)
             case "hang":
-                self._waiting[replica_id][flight] = None
+                self._cluster.hold(flight, replica_id)
             case "network_delay":
-                self._waiting[replica_id][flight] = None
-                when_ns = self._cluster.kernel.now + _ns(fault.delay_s)
-                self._distant[self._call_at(when_ns, self._reach)] = (flight, replica_id)
+                cluster = self._cluster
+                cluster.delay(flight, replica_id, _ns(fault.delay_s), cluster.hand_over)
             case _:
                 return True
         return False
@@ -135,9 +147,9 @@ class FaultPlayer:
         return fault is not None and fault.kind in ("crash", "hang", "refuse")
 
     def detains(self, replica_id: str) -> bool:
-        """Whether requests, or answers, may be between clients and the replica."""
+        """Whether it may have answers that nobody can hear."""
         fault = self._lasting.get(replica_id)
-        return bool(self._waiting[replica_id]) or (fault is not None and fault.kind == "hang")
+        return fault is not None and fault.kind == "hang"
 
     def note_retry(self, flight: Flight) -> None:
         """The request is tried again; `flight` is the attempt that failed."""
@@ -161,7 +173,8 @@ class FaultPlayer:
             self._ends[self._call_at(_ns(fault.until_s), self._end)] = fault
         match fault.kind:
             case "crash":
-                self._die(fault, replica)
+                # Until the end of the fault there is nobody.
+                self._cluster.lose(replica, _ns(fault.until_s))
             case "network_cut":
                 self._cut(fault, replica, now_ns)
             case "hang" | "refuse":
@@ -188,9 +201,7 @@ class FaultPlayer:
             return  # gone, or it comes back at this moment
         if fault.kind == "hang":
             replica.release(now_ns)
-            for flight in list(self._waiting[fault.replica]):
-                self._arrive(flight, fault.replica)
-            self._cluster.let_go(fault.replica)
+            self._cluster.release(fault.replica)
         elif fault.kind in ("slow", "thermal"):
             self._slow_down(fault, replica, 1.0)
         if fault.replica in self._unready:
@@ -199,11 +210,6 @@ class FaultPlayer:
 
     # -- each kind --
 
-    def _die(self, fault: Fault, replica: Replica) -> None:
-        """All that is in flight there breaks, and until the end of the fault there is nobody."""
-        self._cluster.lose(replica, _ns(fault.until_s))
-        self._fail_waiting(fault.replica)
-
     def _cut(self, fault: Fault, replica: Replica, now_ns: int) -> None:
         """The worker sees its clients leave."""
         flights = self._cluster.flights_in(replica)
@@ -211,11 +217,7 @@ class FaultPlayer:
             replica.abort(flight, now_ns)
         for flight in flights:
             self._cluster.fail(flight, BROKEN)
-        self._fail_waiting(fault.replica)
-
-    def _fail_waiting(self, replica_id: str) -> None:
-        for flight in self._waiting.pop(replica_id, {}):
-            self._cluster.fail(flight, BROKEN)
+        self._cluster.fail_underway(fault.replica)
 
     def _notice(self, now_ns: int, number: int) -> None:
         """The third look at the worker's health has failed: it gets no more requests."""
@@ -231,7 +233,7 @@ class FaultPlayer:
         if replica is not None:
             self._unready.discard(fault.replica)
             self._lasting[fault.replica] = replace(fault, kind="crash")
-            self._die(fault, replica)
+            self._cluster.lose(replica, _ns(fault.until_s))
 
     def _slow_down(self, fault: Fault, replica: Replica, factor: float) -> None:
         step_time = self._plan.step_times[fault.replica](factor)
@@ -252,19 +254,6 @@ class FaultPlayer:
         if throttle.factor != before:
             self._slow_down(fault, replica, throttle.factor)
         self._heat_later(fault, throttle)
-
-    # -- requests that arrive late --
-
-    def _reach(self, now_ns: int, number: int) -> None:
-        flight, replica_id = self._distant.pop(number)
-        self._arrive(flight, replica_id)
-        self._cluster.let_go(replica_id)
-
-    def _arrive(self, flight: Flight, replica_id: str) -> None:
-        """It has got there, unless it was called off, or failed on the way."""
-        self._waiting[replica_id].pop(flight, None)
-        if not flight.over:
-            self._cluster.hand_over(flight, replica_id)
 
     def _call_at(self, when_ns: int, callback: Callable[[int, int], None]) -> int:
         kernel = self._cluster.kernel

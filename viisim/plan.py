@@ -30,7 +30,7 @@ from viisim.profile import Profile, load_profile, profile_names
 from viisim.records import REFUSED, SeedResult
 from viisim.roofline import is_uncalibrated, roofline_profile
 from viisim.simulation import ReplicaSpec, Simulation
-from viisim.step_costs import step_costs_of, step_time_of
+from viisim.step_costs import api_server_of, step_costs_of, step_time_of
 from viisim.workload.config import MixedWorkload, WorkloadConfig, build_workload, scaled
 from viisim.workload.request import Request
 
@@ -229,6 +229,7 @@ def simulate_candidate(
         settings=settings.scheduler_settings(),
         step_time=step_time_of(profile, settings.max_num_seqs),
         step_costs=step_costs_of(profile, settings.max_num_batched_tokens),
+        api=api_server_of(profile),
     )
     size = profile.tensor_parallel
     replicas = [

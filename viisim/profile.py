@@ -171,6 +171,20 @@ class CalibratedRange(Strict):
         return self
 
 
+class ApiDelay(Strict):
+    """What a client waits beyond the engine's steps: HTTP, tokenisation, and the pipes between
+    the API server and its engine; of requests that are alone.
+
+    The simulator adds it. `viisim worker` does not: it is an API server, with delays of its own.
+    """
+
+    request_s: Cost = 0.0
+    """From sending a request until the engine's scheduler has it, without its prompt's share."""
+    request_per_prompt_token_s: Cost = 0.0
+    answer_s: Cost = 0.0
+    """From the end of a step until the client has the token."""
+
+
 class NoiseModel(Strict):
     """How single steps scatter around the fitted times, as relative standard deviations."""
 
@@ -218,6 +232,8 @@ class Profile(Strict):
     engine: ProfileEngine
     step_time: StepTime
     range: CalibratedRange
+    api: ApiDelay | None = None
+    """None where it was not measured apart: there is none then, or the step times contain it."""
     source: str
     """Where the figures come from."""
     notes: str = ""
@@ -261,5 +277,7 @@ def _shipped(name: str) -> Profile:
 
 def profile_hash(profile: Profile) -> str:
     """SHA-256 of the profile's content, whatever the layout and comments of its file."""
-    content = json.dumps(profile.model_dump(mode="json"), sort_keys=True)
+    # An absent `api` is left out: profiles have the hash that they had before there was any.
+    absent = {"api"} if profile.api is None else None
+    content = json.dumps(profile.model_dump(mode="json", exclude=absent), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -7,7 +7,7 @@ nothing else differs. Simulated time is integer nanoseconds from 0; the core is 
 from __future__ import annotations
 
 import gc
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +63,7 @@ from viisim.records import (
     ReplicaTotals,
     SeedResult,
 )
+from viisim.step_costs import ApiServer
 from viisim.workload.request import Request
 
 NS_PER_S = 10**9
@@ -88,6 +89,8 @@ class ReplicaSpec:
     coalesce: bool = True
     step_costs: StepCosts = StepCosts()  # noqa: RUF009 - frozen
     """What the policy is told of `step_time`."""
+    api: ApiServer | None = None
+    """What takes time between its clients and its engine; None: nothing does."""
 
 
 #: Answers a `Launch` with the replica that it makes and how many nanoseconds that takes, or with
@@ -131,13 +134,18 @@ class Flight(EngineSequence):
         self.attempt = 0
         self.dispatched_ns = -1
         self.replica: Replica | None = None
-        """Where it is; None until it has got there."""
+        """Where it is; None until the engine has it."""
         self.withdrawn = False
         """A Preempt was issued, or the attempt failed: nothing that it still does reaches the
         client."""
         self.over = False
         """The core has been told that the attempt was cancelled or failed."""
         self.failed = False
+
+    def lose_answer(self, now_ns: int) -> None:
+        """What of its answer is still on the way to the client never gets there."""
+        if self.first_token_ns > now_ns:
+            self.first_token_ns = -1
 
     @property
     def shown(self) -> bool:
@@ -193,6 +201,8 @@ class Simulation:
         """Those that are there, by id."""
         self._lives: list[_Life] = []
         """One for every replica that ever was, by index."""
+        self._apis: dict[str, ApiServer] = {}
+        """Of the replicas that have one, by id."""
         for spec in replicas:
             self._add_replica(spec)
         self._loading: dict[int, ReplicaSpec] = {}
@@ -211,6 +221,14 @@ class Simulation:
         self._tenants: dict[str, int] = {}
         self._flights: dict[str, Flight] = {}
         self._retiring: set[str] = set()
+        self._underway: dict[str, dict[Flight, bool]] = defaultdict(dict)
+        """By replica: attempts on the way to its engine, and whether a fault keeps them there
+        until `release`."""
+        self._late: dict[int, tuple[Flight, str, Callable[[Flight, str], None]]] = {}
+        """Of those, the ones whose time of arrival is known, and what is next then; by the
+        kernel's number, as the following."""
+        self._answers: dict[int, tuple[Replica, list[Flight], list[Flight]]] = {}
+        """What steps have yielded and clients do not have yet: first tokens, whole answers."""
         self._pending: list[Event] = []
         self._delivering = False
         self._timer_ns: int | None = None
@@ -322,10 +340,35 @@ class Simulation:
 
     def _on_steps(self, replica: Replica, ended: Collection[Flight], now_ns: int) -> None:
         """A replica's step has ended: tell the core what a driver would see."""
+        self._show(cast("list[Flight]", replica.engine.first_tokens), ended, now_ns)
+        self._tidy(replica)
+
+    def _on_steps_behind_api(
+        self, replica: Replica, ended: Collection[Flight], now_ns: int
+    ) -> None:
+        """The same where answers take time: the engine is rid of them, nobody has them yet."""
+        when_ns = now_ns + self._apis[replica.id].answer_ns
+        first_tokens = cast("list[Flight]", list(replica.engine.first_tokens))
+        for flight in first_tokens:
+            if not flight.withdrawn:
+                flight.first_token_ns = when_ns
+        if first_tokens or ended:
+            number = self.kernel.call_at(when_ns, DELIVERY, self._reach_client)
+            self._answers[number] = (replica, first_tokens, list(ended))
+        self._tidy(replica)
+
+    def _reach_client(self, now_ns: int, number: int) -> None:
+        replica, first_tokens, ended = self._answers.pop(number)
+        self._show(first_tokens, ended, now_ns)
+        self.let_go(replica.id)
+
+    def _show(
+        self, first_tokens: Collection[Flight], ended: Collection[Flight], now_ns: int
+    ) -> None:
+        """Clients get first tokens and whole answers, unless they were withdrawn."""
         now_s = now_ns / 1e9
-        engine = replica.engine
-        if engine.first_tokens and self.core.wants_first_token:
-            for flight in cast("list[Flight]", engine.first_tokens):
+        if first_tokens and self.core.wants_first_token:
+            for flight in first_tokens:
                 if flight.request.view.streamed and not flight.withdrawn:
                     self._deliver(FirstToken(now_s, flight.name, flight.attempt))
         for flight in ended:
@@ -342,7 +385,10 @@ class Simulation:
             if self._predictor is not None:
                 self._predictor.observe(request.view, output_tokens)
             self._deliver(Finished(now_s, flight.name, flight.attempt, output_tokens))
-        for flight in cast("list[Flight]", engine.aborted):
+
+    def _tidy(self, replica: Replica) -> None:
+        """After a step: what was aborted is over, and a replica that drains may be empty."""
+        for flight in cast("list[Flight]", replica.engine.aborted):
             self._cancelled(flight)
         if self._retiring and replica.id in self._retiring:
             self._retire_if_empty(replica.id)
@@ -407,7 +453,8 @@ class Simulation:
     def _preempt(self, action: Preempt) -> None:
         flight = self._flights[action.request_id]
         flight.withdrawn = True
-        if flight.replica is None:  # a fault keeps it on its way
+        flight.lose_answer(self.kernel.now)
+        if flight.replica is None:  # it is on its way
             self._cancelled(flight)
         elif not flight.over:
             flight.replica.abort(flight, self.kernel.now)
@@ -432,15 +479,21 @@ class Simulation:
         self._deliver(_ready(spec, now_ns / 1e9))
 
     def _add_replica(self, spec: ReplicaSpec) -> None:
+        takes_time = spec.api is not None and spec.api.answer_ns > 0
+        if spec.api is not None:
+            self._apis[spec.id] = spec.api
         engine = Engine(
             spec.settings,
             spec.step_time,
             spec.coalesce,
             # What its client has seen decides whether an attempt that fails may be repeated.
-            reports_first_tokens=self.core.wants_first_token or self._faults is not None,
+            reports_first_tokens=(
+                self.core.wants_first_token or self._faults is not None or takes_time
+            ),
         )
         index = len(self._lives)
-        replica = Replica(self.kernel, index, spec.id, engine, self._on_steps)
+        on_steps = self._on_steps_behind_api if takes_time else self._on_steps
+        replica = Replica(self.kernel, index, spec.id, engine, on_steps)
         self._replicas[spec.id] = replica
         self._lives.append(_Life(replica, self.kernel.now))
 
@@ -456,12 +509,81 @@ class Simulation:
 
     def _retire_if_empty(self, replica_id: str) -> None:
         replica = self._replicas[replica_id]
-        detained = self._faults is not None and self._faults.detains(replica_id)
-        if not replica.engine.scheduler.has_requests and not detained:
+        if not replica.engine.scheduler.has_requests and not self._is_awaited(replica):
             self._retiring.remove(replica_id)
             del self._replicas[replica_id]
             self._lives[replica.index].retired_ns = self.kernel.now
             self._deliver(ReplicaChanged(self._now_s, replica_id, "gone"))
+
+    def _is_awaited(self, replica: Replica) -> bool:
+        """Whether requests, or answers, are between clients and its engine."""
+        if self._faults is not None and self._faults.detains(replica.id):
+            return True
+        answering = [answering for answering, _, _ in self._answers.values()]
+        return bool(self._underway.get(replica.id)) or replica in answering
+
+    # -- on the way to an engine; for faults, too: see `FaultyCluster` --
+
+    def hand_over(self, flight: Flight, replica_id: str) -> None:
+        """The request has reached its replica, if not yet the engine."""
+        api = self._apis.get(replica_id)
+        delay_ns = 0 if api is None else api.reads_ns(flight.prompt_tokens)
+        if delay_ns:
+            self.delay(flight, replica_id, delay_ns, self._enter)
+        else:
+            self._enter(flight, replica_id)
+
+    def delay(
+        self,
+        flight: Flight,
+        replica_id: str,
+        delay_ns: int,
+        arrive: Callable[[Flight, str], None],
+    ) -> None:
+        """Have `arrive(flight, replica_id)` called so much later, unless the attempt is over by
+        then."""
+        self._underway[replica_id][flight] = False
+        number = self.kernel.call_at(self.kernel.now + delay_ns, DELIVERY, self._reach)
+        self._late[number] = (flight, replica_id, arrive)
+
+    def hold(self, flight: Flight, replica_id: str) -> None:
+        """The request does not reach its replica before `release`."""
+        self._underway[replica_id][flight] = True
+
+    def release(self, replica_id: str) -> None:
+        """What was held back gets there."""
+        for flight, is_held in list(self._underway[replica_id].items()):
+            if is_held:
+                self._arrive_at(replica_id, flight, self.hand_over)
+        self.let_go(replica_id)
+
+    def fail_underway(self, replica_id: str) -> None:
+        """What is on the way to the replica fails."""
+        for flight in self._underway.pop(replica_id, {}):
+            self.fail(flight, BROKEN)
+
+    def _reach(self, now_ns: int, number: int) -> None:
+        flight, replica_id, arrive = self._late.pop(number)
+        self._arrive_at(replica_id, flight, arrive)
+        self.let_go(replica_id)
+
+    def _arrive_at(
+        self, replica_id: str, flight: Flight, arrive: Callable[[Flight, str], None]
+    ) -> None:
+        """It has got there, unless it was called off, or failed on the way."""
+        self._underway[replica_id].pop(flight, None)
+        if not flight.over:
+            arrive(flight, replica_id)
+
+    def _enter(self, flight: Flight, replica_id: str) -> None:
+        """The API server passes the request on to the engine, or refuses it."""
+        replica = flight.replica = self._replicas[replica_id]
+        now_ns = self.kernel.now
+        flight.arrival = float(now_ns)
+        if flight.prompt_tokens < replica.engine.scheduler.settings.max_model_len:
+            replica.take(flight, now_ns)
+        else:
+            self._deliver(Failed(self._now_s, flight.name, flight.attempt, _TOO_LONG, False, False))
 
     # -- for faults: see `FaultyCluster` --
 
@@ -475,16 +597,6 @@ class Simulation:
         """The attempts that its engine has, in order of arrival."""
         return [f for f in self._flights.values() if f.replica is replica and not f.over]
 
-    def hand_over(self, flight: Flight, replica_id: str) -> None:
-        """The request has reached its replica."""
-        replica = flight.replica = self._replicas[replica_id]
-        now_ns = self.kernel.now
-        flight.arrival = float(now_ns)
-        if flight.prompt_tokens < replica.engine.scheduler.settings.max_model_len:
-            replica.take(flight, now_ns)
-        else:
-            self._deliver(Failed(self._now_s, flight.name, flight.attempt, _TOO_LONG, False, False))
-
     def fail(self, flight: Flight, reason: str, worker_fault: bool = True) -> None:
         """The attempt is over, unless it was already."""
         if flight.withdrawn:
@@ -492,11 +604,13 @@ class Simulation:
         if flight.over:
             return
         flight.withdrawn = flight.over = flight.failed = True
+        flight.lose_answer(self.kernel.now)
         subject = (self._now_s, flight.name, flight.attempt)
         self._deliver(Failed(*subject, reason, not flight.shown, worker_fault))
 
     def lose(self, replica: Replica, until_ns: int) -> None:
-        """The replica dies, and is back then, empty. The core knows."""
+        """The replica dies with all that is in it or on the way to it, and is back then, empty.
+        The core knows."""
         now_ns = self.kernel.now
         replica.die(now_ns)
         del self._replicas[replica.id]
@@ -506,6 +620,7 @@ class Simulation:
         self._deliver(ReplicaChanged(self._now_s, replica.id, "starting"))
         number = self.kernel.call_at(until_ns, DELIVERY, self._loaded)
         self._loading[number] = next(spec for spec in self._specs if spec.id == replica.id)
+        self.fail_underway(replica.id)
 
     def set_up(self, replica_id: str, is_up: bool) -> None:
         """The core learns that the replica takes requests, or takes none."""
@@ -514,7 +629,7 @@ class Simulation:
             self._deliver(ReplicaChanged(self._now_s, replica_id, state))
 
     def let_go(self, replica_id: str) -> None:
-        """No fault keeps anything of a replica back any more; one that drains may go."""
+        """Something is no longer on its way to the replica or from it; one that drains may go."""
         if replica_id in self._retiring:
             self._retire_if_empty(replica_id)
 
@@ -556,6 +671,7 @@ class Simulation:
             if not life.retired_ns:
                 life.replica.engine.catch_up(self.kernel.now)
         for flight in list(self._flights.values()):
+            flight.lose_answer(self.kernel.now)
             self._record(flight, UNFINISHED, _outputs_so_far(flight))
         requests = self._rows.arrays()
         order = np.argsort(requests["request"], kind="stable")

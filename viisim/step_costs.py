@@ -1,10 +1,40 @@
-"""A profile's step times, as the engine computes with them and as policies see them."""
+"""A profile's times as a simulation computes with them, and as policies see them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from policies.interface import StepCosts
 from viisim.engine.step_time import CalibratedRange, DecodePoint, StepTime
 from viisim.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class ApiServer:
+    """What lies between clients and an engine, as far as it takes time."""
+
+    request_ns: int = 0
+    """From the dispatch of a request until the engine's scheduler has it, and"""
+    request_per_prompt_token_ps: int = 0
+    """what each of its prompt tokens adds."""
+    answer_ns: int = 0
+    """From the end of a step until clients have the tokens that it made."""
+
+    def reads_ns(self, prompt_tokens: int) -> int:
+        """How long after its dispatch the engine has a request of so many tokens."""
+        return self.request_ns + self.request_per_prompt_token_ps * prompt_tokens // 1000
+
+
+def api_server_of(profile: Profile) -> ApiServer | None:
+    """The profile's API server; None where the profile does not tell of it."""
+    api = profile.api
+    if api is None:
+        return None
+    return ApiServer(
+        round(api.request_s * 1e9),
+        round(api.request_per_prompt_token_s * 1e12),
+        round(api.answer_s * 1e9),
+    )
 
 
 def step_costs_of(profile: Profile, max_batched_tokens: int) -> StepCosts:

@@ -20,7 +20,7 @@ from viisim.errors import InputError
 from viisim.profile import EngineSettings, Profile
 from viisim.records import FINISHED, ITL_EDGES_S
 from viisim.simulation import ReplicaSpec, Simulation
-from viisim.step_costs import step_time_of
+from viisim.step_costs import api_server_of, step_time_of
 from viisim.workload.request import Request
 
 _NS_PER_S = 10**9
@@ -63,7 +63,14 @@ def replay(log: RequestLog, profile: Profile, prefill_factor: float = 1.0) -> Re
     settings = replay_settings(log, profile)
     step_time = step_time_of(profile, settings.max_num_seqs)
     _slow_prefill(step_time, prefill_factor)
-    spec = ReplicaSpec("r0", profile.model, ("gpu0",), settings.scheduler_settings(), step_time)
+    spec = ReplicaSpec(
+        "r0",
+        profile.model,
+        ("gpu0",),
+        settings.scheduler_settings(),
+        step_time,
+        api=api_server_of(profile),
+    )
     workload = _Workload(log, profile.model)
     result = Simulation(
         [spec],

@@ -93,6 +93,7 @@ def calibrate(
     from viisim.calibration.profile_file import write_profile
     from viisim.calibration.read import first_of, read_measurements
     from viisim.cli.calibrate_live import calibrated_live
+    from viisim.config import load_experiment
 
     if out.suffix not in (".yaml", ".yml"):
         raise InputError(f"-o {out}: a profile is a .yaml file; give such a name")
@@ -110,7 +111,13 @@ def calibrate(
     beside: Live | None = None
     if live is not None:
         folder = out.with_name(f"{out.stem}_live")
-        done, beside = calibrated_live(live, steps, folder, options, quiet=as_json)
+        done, beside = calibrated_live(
+            load_experiment(live),
+            folder,
+            options,
+            lambda line: typer.echo(line, err=as_json),
+            steps=steps,
+        )
     else:
         done = fit([first_of(run, first) for run in read_measurements(files or [], only)], options)
     write_profile(done.profile, out, _comments(files or [], out, context.params))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ import typer
 from viisim.cli.terminal import plain_table, show
 
 if TYPE_CHECKING:
-    from runtime.live_calibration import Measured
+    from runtime.cluster import Planned
+    from runtime.live_calibration import Measured, Overhead
     from viisim.calibration.calibrate import Calibration, Options
-    from viisim.config import Experiment
-    from viisim.profile import Profile
+    from viisim.config import Experiment, ReplicaConfig
+    from viisim.profile import ApiDelay, Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,9 @@ class Live:
         typer.echo(str(self.unseen))
         typer.echo(
             f"time to first token beyond the engine's steps: {1e3 * overhead.p50_s:.1f} ms (p90 "
-            f"{1e3 * overhead.p90_s:.1f}), {1e6 * overhead.per_prompt_token_s:.1f} us a prompt "
-            f"token of it; {overhead.requests} requests, each alone"
+            f"{1e3 * overhead.p90_s:.1f}); {1e3 * overhead.request_s:.1f} ms and "
+            f"{1e6 * overhead.request_per_prompt_token_s:.1f} us a prompt token before them, "
+            f"{1e3 * overhead.answer_s:.1f} ms after; {overhead.requests} requests, each alone"
         )
         typer.echo(
             f"{measured.folder}: {measured.sweep_s:.0f} s of sweep, {measured.total_s:.0f} s in all"
@@ -79,41 +81,50 @@ class Live:
 
 
 def calibrated_live(
-    file: Path, steps: Path | None, folder: Path, options: Options, *, quiet: bool
+    experiment: Experiment,
+    folder: Path,
+    options: Options,
+    say: Callable[[str], None],
+    *,
+    replica_id: str | None = None,
+    steps: Path | None = None,
 ) -> tuple[Calibration, Live]:
-    """Measure the worker of the experiment's first replica, fit its sweep, and judge the fit by
-    traffic that it has not seen. What was measured stays in `folder`.
+    """Measure the worker of one replica, of the first if none is named; fit its sweep, and judge
+    the fit by traffic that it has not seen. What was measured stays in `folder`.
 
     `steps`: see `runtime.live_calibration.measure`. Raises InputError, too, for a worker that
-    cannot be measured. `quiet` leaves stdout to the caller.
+    cannot be measured. `say` is told what happens, a line each.
     """
+    from runtime.cluster import planned
     from viisim.calibration.calibrate import calibrate
     from viisim.calibration.read import read_measurements
-    from viisim.config import load_experiment
 
-    experiment = load_experiment(file)
-    measured = _measured(experiment, steps, folder, quiet)
-    done = calibrate(read_measurements(measured.sweeps), _stated(options, experiment, measured))
+    replica = next(one for one in planned(experiment) if replica_id in (None, one.id))
+    measured = _measured(experiment, replica, steps, folder, say)
+    stated = _stated(options, replica.entry, measured)
+    done = calibrate(read_measurements(measured.sweeps), stated)
     unseen = _unseen(done.profile, measured.traffic)
     notes = f"{done.profile.notes} {unseen}."
     # The engine as it ran, switches included; the fit knows numbers only.
-    profile = done.profile.model_copy(update={"engine": measured.engine, "notes": notes})
+    update = {"engine": measured.engine, "api": _api(measured.overhead), "notes": notes}
+    profile = done.profile.model_copy(update=update)
     return replace(done, profile=profile), Live(measured, unseen)
 
 
-def _measured(experiment: Experiment, steps: Path | None, folder: Path, quiet: bool) -> Measured:
+def _measured(
+    experiment: Experiment,
+    replica: Planned,
+    steps: Path | None,
+    folder: Path,
+    say: Callable[[str], None],
+) -> Measured:
     from runtime.cards import cards_of
-    from runtime.cluster import planned
     from runtime.live_calibration import measure
     from runtime.processes import Home
     from runtime.serve import run
 
-    replica = planned(experiment)[0]
     cards = cards_of(experiment).get(replica.id, ())
     found: list[Measured] = []
-
-    def say(line: str) -> None:
-        typer.echo(line, err=quiet)
 
     async def main() -> None:
         found.append(await measure(replica, cards, home, steps=steps, say=say))
@@ -125,9 +136,19 @@ def _measured(experiment: Experiment, steps: Path | None, folder: Path, quiet: b
     return found[0]
 
 
-def _stated(options: Options, experiment: Experiment, measured: Measured) -> Options:
+def _api(overhead: Overhead) -> ApiDelay:
+    from viisim.calibration.profile_parts import rounded
+    from viisim.profile import ApiDelay
+
+    return ApiDelay(
+        request_s=rounded(overhead.request_s),
+        request_per_prompt_token_s=rounded(overhead.request_per_prompt_token_s),
+        answer_s=rounded(overhead.answer_s),
+    )
+
+
+def _stated(options: Options, entry: ReplicaConfig, measured: Measured) -> Options:
     """What the experiment and the worker say, where the user does not."""
-    entry = experiment.cluster.replicas[0]
     settings = measured.engine.model_dump(exclude={"name", "version", "scheduling_policy"})
     return replace(
         options,
