@@ -18,8 +18,10 @@ is a lower bound.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from viisim.cells import Cell, Setting
 from viisim.config import Experiment
@@ -45,21 +47,24 @@ _DIGITS = 4
 
 def capacity_cell(setting: Setting) -> Cell:
     """The run that measures the setting's capacity."""
-    experiment = setting.first
+    name = f"{setting.name}.capacity"
+    experiment = backlogged(setting.first).model_copy(update={"name": name})
+    return Cell(name, setting.name, None, next(iter(setting.variants)), experiment)
+
+
+def backlogged(experiment: Experiment) -> Experiment:
+    """The experiment with everything offered at once, and enough of it."""
     places = sum(replica.settings.max_num_seqs for replica in experiment.simulated_replicas())
     total = max(1, experiment.build_workload().total_requests)
     workload = _lengthened(experiment.workload, max(1, -(-_ROUNDS * places // total)))
-    name = f"{setting.name}.capacity"
     limits = experiment.limits.model_copy(update={"max_queued": None, "queue_timeout_s": None})
     changes = {
-        "name": name,
         "workload": _at_once(workload),
         "seeds": experiment.seeds[:1],
         "limits": limits,
         "warmup_fraction": 0.0,
     }
-    variant = next(iter(setting.variants))
-    return Cell(name, setting.name, None, variant, experiment.model_copy(update=changes))
+    return experiment.model_copy(update=changes)
 
 
 def _lengthened(workload: WorkloadConfig, times: int) -> WorkloadConfig:
@@ -96,23 +101,30 @@ def capacity_per_s(run: LoadedRun) -> float:
     """
     names = ["outcome", "finished_ns", "prompt_tokens", "cached_tokens", "output_tokens"]
     table = run.requests(columns=names)
-    columns = {name: table[name].to_numpy() for name in names}
+    return work_rate_per_s({name: table[name].to_numpy() for name in names}, run.name)
+
+
+def work_rate_per_s(columns: Mapping[str, NDArray[Any]], name: str) -> float:
+    """Requests per second that a backlog's records say were finished: see the top of this file.
+
+    Raises InputError, naming the run, where too few finished, or all at the same instant.
+    """
     finished = np.flatnonzero(columns["outcome"] == FINISHED)
     order = finished[np.argsort(columns["finished_ns"][finished], kind="stable")]
     work = np.cumsum((weighted_tokens(columns) - columns["cached_tokens"])[order])
     if order.size < _FEWEST:
-        raise _too_few(run, order.size)
+        raise _too_few(name, order.size)
     first, last = np.searchsorted(work, [0.2 * work[-1], 0.8 * work[-1]])
     first_ns, last_ns = columns["finished_ns"][order[[first, last]]]
     if first_ns == last_ns:
-        raise _too_few(run, order.size)
+        raise _too_few(name, order.size)
     share = float(work[last] - work[first]) / float(work[-1])
     return _rounded(order.size * share / float(last_ns - first_ns) * 1e9)
 
 
-def _too_few(run: LoadedRun, finished: int) -> InputError:
+def _too_few(name: str, finished: int) -> InputError:
     return InputError(
-        f"{run.name}: {finished} requests finished, too few to measure the capacity that --load is "
+        f"{name}: {finished} requests finished, too few to measure the capacity that --load is "
         "a fraction of; give a longer workload"
     )
 

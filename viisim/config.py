@@ -125,10 +125,17 @@ class PolicyConfig(Located):
         """The names that the policy's constructor takes."""
         return frozenset(inspect.signature(policy_class(self.spec, self._folder)).parameters)
 
-    def set_default(self, name: str, value: Any) -> None:
-        """Give a parameter that was not written."""
-        if self.model_extra is not None:
-            self.model_extra.setdefault(name, value)
+    def set_objectives(self, slo: SloConfig) -> None:
+        """The SLO is the operator's wish, and no secret: a policy with parameters of these names
+        is made with it, unless the file gives others."""
+        parameters = self.parameters()
+        objectives: dict[str, Any] = _objectives(slo)
+        objectives["classes"] = {
+            name: found for name, own in slo.classes.items() if (found := _objectives(own))
+        }
+        for name, value in objectives.items():
+            if value and name in parameters and self.model_extra is not None:
+                self.model_extra.setdefault(name, value)
 
     def make(self) -> Policy:
         """A new policy. Raises InputError, beginning with the key that is wrong."""
@@ -496,16 +503,7 @@ class Experiment(Strict):
 
     @model_validator(mode="after")
     def _objectives_reach_the_policy(self) -> Self:
-        """The SLO is the operator's wish, and no secret: a policy with parameters of these names
-        is made with it, unless the file gives others."""
-        parameters = self.policy.parameters()
-        objectives: dict[str, Any] = _objectives(self.slo)
-        objectives["classes"] = {
-            name: found for name, slo in self.slo.classes.items() if (found := _objectives(slo))
-        }
-        for name, value in objectives.items():
-            if value and name in parameters:
-                self.policy.set_default(name, value)
+        self.policy.set_objectives(self.slo)
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from viisim.cli.terminal import plain_table, show, show_json
+from viisim.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,19 +20,19 @@ _UNITS = {"ttft_s": "TTFT", "itl_s": "ITL", "tpot_s": "TPOT", "e2e_s": "E2E", "s
 
 def validate(
     files: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
-            metavar="MEASURED...",
+            metavar="MEASURED",
             help="Measured runs, in any format that `viisim calibrate` takes.",
             show_default=False,
         ),
-    ],
+    ] = None,
     profile: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--profile", "-p", metavar="P", help="A profile's name or file.", show_default=False
         ),
-    ],
+    ] = None,
     only: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="Use only measurements whose name or setup has TEXT."),
@@ -45,15 +46,45 @@ def validate(
     plots: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Draw figures into this folder.")
     ] = None,
+    live: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A validation (YAML): start its workers, and measure."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="With --live: minutes, and loose limits.")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="With --live: judge anew what --out holds already.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="With --live: for measurements and report. [dim]\\[default: runs/NAME][/dim]",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Replay measured runs in the simulator: measured and predicted figures side by side.
 
     viisim validate results/*.json --profile profiles/mine.yaml
     viisim validate results/*.json --profile mi50/qwen3-vl-8b-awq --plots figures
+    viisim validate --live experiments/validation/vllm_cpu.yaml
 
-    Errors are signed: predicted over measured, less one.
+    Errors are signed: predicted over measured, less one. With --live, real workers are calibrated,
+    loaded and compared with the simulator, which takes an hour; exit status 0 only if the report
+    says PASSED. A profile that was changed in the folder's profiles/ is judged with --again.
     """
+    if live is not None:
+        if files or profile is not None:
+            raise InputError("--live measures by itself; give no other files and no --profile")
+        _validate_live(live, out, quick, again, as_json)
+        return
+    if not files or profile is None:
+        raise InputError("validate: give files of measurements and --profile, or --live FILE")
     from viisim.calibration.read import read_measurements
     from viisim.calibration.validate import validate as compare
     from viisim.profile import load_profile
@@ -72,6 +103,22 @@ def validate(
     _show(done)
     for path in drawn:
         typer.echo(str(path))
+
+
+def _validate_live(file: Path, out: Path | None, quick: bool, again: bool, as_json: bool) -> None:
+    from viisim.cli.validate_live import validated_live
+
+    folder = out or Path("runs") / file.stem
+    report = validated_live(
+        file, folder, quick=quick, again=again, say=lambda line: typer.echo(line, err=as_json)
+    )
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        typer.echo(report.headline)
+        typer.echo(f"{folder / 'report.md'}: the report")
+    if report.exit_status:
+        raise typer.Exit(report.exit_status)
 
 
 def _show(done: Validation) -> None:

@@ -1,0 +1,185 @@
+"""`viisim validate --live`: calibrate on real workers, predict, measure, and compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from viisim.errors import InputError
+
+if TYPE_CHECKING:
+    from viisim.config import Experiment, ReplicaConfig
+    from viisim.validation.config import ValidationConfig
+    from viisim.validation.judge import Measured
+    from viisim.validation.report import Report
+
+Say: TypeAlias = Callable[[str], None]
+
+ABOUT = "measured.json"
+ACCURACY, RANKING = "accuracy", "ranking"
+
+
+def validated_live(file: Path, folder: Path, *, quick: bool, again: bool, say: Say) -> Report:
+    """Measure what the file asks for into `folder`, and judge it; with `again`, judge what the
+    folder holds already. Raises InputError for a mistake in the file, a worker that does not
+    start, and a folder that holds something else."""
+    from viisim.validation.config import load_validation
+    from viisim.validation.judge import judge
+
+    config = load_validation(file, quick=quick)
+    if not again:
+        _measure(file, config, folder, quick, say)
+    command = f"viisim validate --live {shlex.quote(file.as_posix())}"
+    return judge(_measured(config, folder), command + (" --quick" if quick else ""))
+
+
+def _measured(config: ValidationConfig, folder: Path) -> Measured:
+    """What the folder holds."""
+    from viisim.config import load_experiment
+    from viisim.validation.judge import Measured
+
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / ABOUT}: {error}; measure first, without --again") from None
+    workers = Workers(config, folder / "profiles")
+    experiments = {
+        name: load_experiment(experiment, workers.overrides(experiment))
+        for name, experiment in experiments_of(config).items()
+    }
+    return Measured(folder, config, experiments[ACCURACY], experiments.get(RANKING), about)
+
+
+def experiments_of(config: ValidationConfig) -> dict[str, Path]:
+    """The experiment's file of each part."""
+    found = {ACCURACY: config.accuracy.located(config.accuracy.experiment)}
+    if config.ranking is not None:
+        found[RANKING] = config.ranking.located(config.ranking.experiment)
+    return found
+
+
+class Workers:
+    """The kinds of workers in a validation's experiments, each with a profile of its own.
+
+    Raises InputError for a worker that is not started here.
+    """
+
+    def __init__(self, config: ValidationConfig, folder: Path) -> None:
+        from viisim.config import load_experiment
+
+        self._folder = folder
+        self._labels: dict[str, str] = {}
+        """By what tells kinds apart."""
+        self.first: dict[str, tuple[Experiment, str]] = {}
+        """By label: an experiment that has such a worker, and the first one's id."""
+        for file in experiments_of(config).values():
+            experiment = load_experiment(file)
+            for replica_id, entry in experiment.numbered_replicas():
+                if entry.worker.kind != "vllm":
+                    raise InputError(
+                        f"{file}: {replica_id}: worker.kind: {entry.worker.kind}; live validation "
+                        "starts the workers itself: give kind vllm"
+                    )
+                label = self._label(entry)
+                self.first.setdefault(label, (experiment, replica_id))
+
+    def _label(self, entry: ReplicaConfig) -> str:
+        """The name of the weights, with a number where other settings had it before."""
+        kind = json.dumps(entry.model_dump(mode="json", exclude={"count", "model", "profile"}))
+        if kind not in self._labels:
+            name = Path(entry.worker.weights or entry.model).name
+            taken = sum(label.partition("-")[0] == name for label in self._labels.values())
+            self._labels[kind] = f"{name}-{taken + 1}" if taken else name
+        return self._labels[kind]
+
+    def profile(self, label: str) -> Path:
+        """Where the profile of such a worker is, or will be."""
+        return (self._folder / f"{label}.yaml").absolute()
+
+    def overrides(self, file: Path) -> list[str]:
+        """What makes the experiment one with these profiles."""
+        from viisim.config import load_experiment
+
+        return [
+            f"cluster.replicas.{index}.profile={json.dumps(str(self.profile(self._label(entry))))}"
+            for index, entry in enumerate(load_experiment(file).cluster.replicas)
+        ]
+
+
+# --------------------------------------------------------------------------------------
+# Measuring
+
+
+def _measure(file: Path, config: ValidationConfig, folder: Path, quick: bool, say: Say) -> None:
+    from runtime.live_validation import Clock
+    from runtime.processes import Home
+    from runtime.serve import run
+    from viisim.validation.measure import measure_accuracy, measure_ranking
+    from viisim.validation.measured import Part
+
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(
+            f"--out {folder}: holds something already; give another folder, or --again to judge "
+            "what was measured there"
+        )
+    workers, clock, experiments = (
+        Workers(config, folder / "profiles"),
+        Clock(),
+        experiments_of(config),
+    )
+    for label, (experiment, replica_id) in workers.first.items():
+        with clock.timing(f"calibrating {label}"):
+            _calibrate(experiment, replica_id, label, workers.profile(label), say)
+
+    measuring = {ACCURACY: partial(measure_accuracy, config.accuracy)}
+    if config.ranking is not None:
+        measuring[RANKING] = partial(measure_ranking, config.ranking)
+    for name, measure in measuring.items():
+        part = Part(folder / name)
+        with clock.timing(name), Home(part.folder) as home:
+            run(measure(workers.overrides(experiments[name]), part, home, say))
+    about = {
+        "file": file.name,
+        "quick": quick,
+        "machine": machine(),
+        "cores": os.cpu_count(),
+        "weights": list(workers.first),
+        "wall_s": clock.wall_s,
+    }
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    (folder / ABOUT).write_text(text, encoding="utf-8")
+
+
+def machine() -> str:
+    """Cores and processor that the workers ran on, as Linux calls it."""
+    name = platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{os.cpu_count()} cores of {name}"
+
+
+def _calibrate(experiment: Experiment, replica_id: str, label: str, out: Path, say: Say) -> None:
+    """Fit the profile of one worker, which is started for that and ended."""
+    from viisim.calibration.calibrate import Options
+    from viisim.calibration.profile_file import write_profile
+    from viisim.cli.calibrate_live import calibrated_live
+
+    say(f"calibrating {label}")
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True)
+    done, live = calibrated_live(
+        experiment, folder, Options(device="cpu_core", model=label), say, replica_id=replica_id
+    )
+    write_profile(
+        done.profile, out, [f"Made by viisim validate --live: {experiment.name}, {label}"]
+    )
+    live.write(live.summary())
