@@ -8,21 +8,23 @@ import numpy as np
 import pytest
 
 from viisim.validation.accuracy import (
-    FULL,
-    QUICK,
     Accuracy,
     Capacity,
-    Check,
     LoadRun,
     StepTimes,
-    capacity_checks,
     compare,
     load_at_equal_e2e,
-    load_checks,
-    step_checks,
     step_errors,
 )
 from viisim.validation.answers import Answers, between_tokens_s
+from viisim.validation.limits import (
+    FULL,
+    QUICK,
+    Check,
+    capacity_checks,
+    load_checks,
+    step_checks,
+)
 
 TOKENS = np.array([1, 11, 21, 31])
 

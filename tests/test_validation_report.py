@@ -14,7 +14,6 @@ from viisim.config import Experiment
 from viisim.experiment import replica_specs
 from viisim.simulation import Simulation
 from viisim.validation.accuracy import (
-    QUICK,
     Capacity,
     Cpu,
     LoadRun,
@@ -24,6 +23,7 @@ from viisim.validation.accuracy import (
 )
 from viisim.validation.answers import Answers, simulated_answers
 from viisim.validation.figures import draw
+from viisim.validation.limits import QUICK
 from viisim.validation.ranking import Figure, Ranking, rank
 from viisim.validation.report import Parity, Report, Setup, Stated, Worker
 

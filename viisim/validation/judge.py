@@ -24,8 +24,6 @@ from viisim.capacity import work_rate_per_s
 from viisim.config import Experiment
 from viisim.journal import JournalReader, ReplayReport, replay_journal
 from viisim.validation.accuracy import (
-    FULL,
-    QUICK,
     Capacity,
     Cpu,
     LoadRun,
@@ -37,6 +35,7 @@ from viisim.validation.accuracy import (
 from viisim.validation.answers import Answers, simulated_answers
 from viisim.validation.config import RankedWorkload, ValidationConfig, label_of
 from viisim.validation.figures import draw
+from viisim.validation.limits import FULL, QUICK
 from viisim.validation.measured import (
     CAPACITY,
     WARM_UP,

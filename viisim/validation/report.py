@@ -7,46 +7,31 @@ files lie, it says for each part; it reads none of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from viisim.premise import table
-from viisim.report import number
-from viisim.validation.accuracy import (
+from viisim.validation.accuracy import Accuracy, Capacity, Cpu, StepErrors
+from viisim.validation.limits import (
     FULL,
-    METRICS,
-    WHOLE,
-    Accuracy,
-    Capacity,
     Check,
-    Cpu,
     Limits,
-    StepErrors,
     capacity_checks,
     load_checks,
     step_checks,
 )
+from viisim.validation.page import headline, page
 from viisim.validation.ranking import (
     FAILED,
     INCONCLUSIVE,
     PASSED,
-    SIGNIFICANT_PAIRS_NEEDED,
-    Interval,
-    Pair,
     Ranking,
     Verdict,
     overall,
 )
 
 Outcome: TypeAlias = Literal["PASSED", "FAILED", "INCONCLUSIVE"]
-
-CPU_SHARE = 0.05
-"""Client and proxy should have less of the CPU: what they take, the workers lack."""
-_SHOWN = 10
-"""Differences of journals, or of policies, that a page lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,333 +193,15 @@ class Report:
 
     def markdown(self, pictures: str = "plots") -> str:
         """The page. `pictures` is the folder of its figures, seen from it."""
-        return "\n\n".join([f"# {self.name}: simulated and real", *_page(self, pictures)]) + "\n"
+        return "\n\n".join([f"# {self.name}: simulated and real", *page(self, pictures)]) + "\n"
 
     @property
     def headline(self) -> str:
         """The verdict and what it rests on, in a sentence."""
-        return _headline(self).replace("**", "")
+        return headline(self).replace("**", "")
 
     def write(self, folder: Path) -> None:
         """`report.json` and `report.md` in a folder that exists, figures in its `plots`."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8", newline="\n")
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8", newline="\n")
-
-
-def _page(report: Report, pictures: str) -> Iterator[str]:
-    yield _headline(report)
-    if any(not check.passed for check in report.checks):
-        yield "## What failed"
-        yield _check_table([check for check in report.checks if not check.passed])
-    yield from _what_ran(report)
-    yield from _accuracy(report)
-    yield from _rankings(report)
-    yield from _capacities_and_steps(report)
-    yield from _parity(report.parity)
-    yield from _conditions(report)
-    if report.pictures:
-        yield "## Figures"
-        for file, caption in report.pictures:
-            yield f"![{caption}]({pictures}/{file})\n\n{caption}"
-    yield "## How to read it"
-    yield _HOW_TO_READ
-    yield "## Every check"
-    yield _check_table(report.checks)
-    yield "## Where it is from"
-    yield f"    {report.command}"
-    yield table(["numbers", "file"], [[what, f"`{file}`"] for what, file in report.files.items()])
-
-
-_HOW_TO_READ = """\
-- Errors are signed: predicted over measured, less one. Of counts and shares they are differences.
-- Measured figures are means over repetitions of one list of requests. Beside an error stands the
-  workers' own difference: the mean size of that between two repetitions. No simulator can be
-  nearer than that, except by luck.
-- A limit of a mean latency is what the checks state, or twice the workers' own difference where
-  that is more, up to 15%. Up to 0.9 of the capacity a load that is 1% off moves latency by far
-  more, so there the load at which the simulator has the measured E2E counts as well. Beyond,
-  queues grow for as long as the run lasts: latency is reported and not judged.
-- Answers and their tokens are counted and must be equal at every load.
-- In a ranking only pairs count whose measured difference is significant (95% interval, paired
-  bootstrap). Regret is what one loses by taking the policy that the simulator has for best."""
-
-
-# --------------------------------------------------------------------------------------
-# The verdict
-
-
-def _headline(report: Report) -> str:
-    checks = report.checks
-    bad = [check for check in checks if not check.passed]
-    reasons = [f"{len(bad)} of {len(checks)} checks do not hold: {_listed(bad)}"] if bad else []
-    if not bad:
-        reasons = [f"all {len(checks)} checks hold ({report.limits.source} limits)"]
-    if report.missing:
-        reasons.append(f"not measured: {', '.join(report.missing)}")
-    if report.ranking is not None:
-        unjudged = "" if report.limits.judge_ranking else " (not judged)"
-        reasons.append(_ranking_words(report.ranking) + unjudged)
-    return f"**{report.verdict}**: {'; '.join(reasons)}."
-
-
-def _listed(checks: Sequence[Check]) -> str:
-    """Part by part; checks of a part follow each other."""
-    return ", ".join(
-        f"{part} ({', '.join(f'{check.what} {_value(check)}' for check in own)})"
-        for part, own in groupby(checks, key=lambda check: check.part)
-    )
-
-
-def _ranking_words(verdict: Verdict) -> str:
-    if verdict.outcome == INCONCLUSIVE:
-        return (
-            f"only {verdict.significant} pairs of policies differ significantly, of at least "
-            f"{SIGNIFICANT_PAIRS_NEEDED} that a ranking needs"
-        )
-    right = "as measured" if verdict.outcome == PASSED else "otherwise than measured"
-    return (
-        f"policies are ranked {right} (Kendall's tau {verdict.tau:.2f} over {verdict.significant} "
-        f"significant pairs; regret of the simulated best {verdict.regret:.1%})"
-    )
-
-
-def _check_table(checks: Sequence[Check]) -> str:
-    return table(
-        ["part", "what", "off by", "limit", "why that", ""],
-        [
-            [
-                check.part,
-                check.what,
-                _value(check),
-                f"{check.limit:g}" if check.kind == "count" else f"{check.limit:.1%}",
-                check.why,
-                "holds" if check.passed else "**FAILED**",
-            ]
-            for check in checks
-        ],
-    )
-
-
-def _value(check: Check) -> str:
-    if check.value is None:
-        return "nothing measured"
-    formats = {"error": "+.1%", "size": ".1%", "count": "+g"}
-    return format(check.value, formats[check.kind])
-
-
-# --------------------------------------------------------------------------------------
-# Parts
-
-
-def _what_ran(report: Report) -> Iterator[str]:
-    setup = report.setup
-    yield "## What ran"
-    yield f"{setup.engine}, model {setup.model}, on {setup.machine}."
-    errors = sorted({name for worker in setup.workers for name in worker.held_out_error})
-    rows = [
-        [worker.id, f"`{worker.profile}`", worker.cores]
-        + [_size(worker.held_out_error.get(name)) for name in errors]
-        for worker in setup.workers
-    ]
-    headings = ["worker", "profile", "cores", *(f"held out: {name}" for name in errors)]
-    yield table(headings, rows)
-    if report.calibration:
-        yield "Calibration found:"
-        yield table(
-            ["figure", "value"],
-            [[one.what, f"{number(one.value)} {one.unit}"] for one in report.calibration],
-        )
-
-
-def _accuracy(report: Report) -> Iterator[str]:
-    if not report.loads:
-        return
-    yield "## Accuracy"
-    yield "Errors of means, in brackets the workers' own difference from run to run."
-    metrics = (
-        ("ttft_s", "mean"),
-        ("tpot_s", "mean"),
-        ("e2e_s", "mean"),
-        ("throughput_per_s", WHOLE),
-    )
-    labels = [f"{'mean ' if stat == 'mean' else ''}{METRICS[key].label}" for key, stat in metrics]
-    rows = []
-    for one in report.loads:
-        cells = [f"{one.load:g}", number(one.rate_per_s), f"{one.requests:,} x {one.repetitions}"]
-        for key, statistic in metrics:
-            row = one.row(key, statistic)
-            cells.append(f"{_percent(row.error)} ({_size(row.noise)})" if row else "–")
-        rows.append([*cells, _percent(one.load_error)])
-    yield table(["load", "requests/s", "requests", *labels, "load at equal E2E"], rows)
-    for one in report.loads:
-        yield f"### Load {one.load:g}"
-        yield _row_table(one)
-
-
-def _row_table(accuracy: Accuracy) -> str:
-    rows = []
-    for row in accuracy.rows:
-        metric = METRICS[row.metric]
-        which = "" if row.statistic == WHOLE else f" {row.statistic}"
-        amounts = [_amount(metric.unit, value) for value in (row.measured, row.predicted)]
-        error, noise = _difference(metric.unit, row.error), _difference(metric.unit, row.noise)
-        unit = f", {metric.unit}" if metric.unit == "tokens/s" else ""
-        rows.append([metric.label + which + unit, *amounts, error, noise.removeprefix("+")])
-    return table(["", "measured", "predicted", "error", "workers' own difference"], rows)
-
-
-def _rankings(report: Report) -> Iterator[str]:
-    if not report.rankings:
-        return
-    yield "## Ranking of policies"
-    for workload, ranking in report.rankings.items():
-        yield f"### {workload}: by {ranking.figure}"
-        yield _policy_table(ranking)
-        yield _pair_table(ranking.pairs)
-        tau = "–" if ranking.tau is None else f"{ranking.tau:.2f}"
-        tau_all = "–" if ranking.tau_all is None else f"{ranking.tau_all:.2f}"
-        yield (
-            f"{ranking.significant} of {len(ranking.pairs)} pairs are significant, in "
-            f"{ranking.repetitions} repetitions ({ranking.blocks} blocks of arrivals). Kendall's "
-            f"tau over those is {tau}, over all pairs {tau_all}. The simulator's best is "
-            f"`{ranking.simulated_best}`, the measured best `{ranking.measured_best}`: a regret of "
-            f"{ranking.regret:.1%} {_between(ranking.regret_interval)}."
-        )
-
-
-def _policy_table(ranking: Ranking) -> str:
-    return table(
-        ["policy", "measured", "95% interval", "simulated", "error", "without an answer"],
-        [
-            [
-                f"`{row.policy}`",
-                _amount("s", row.measured),
-                f"{_amount('s', row.interval[0])} to {_amount('s', row.interval[1])}",
-                _amount("s", row.simulated),
-                _percent(row.error),
-                str(row.failed),
-            ]
-            for row in sorted(ranking.rows, key=lambda row: row.measured)
-        ],
-    )
-
-
-def _pair_table(pairs: Sequence[Pair]) -> str:
-    return table(
-        ["pair", "second over first, less one", "95% interval", "simulated", "ranked"],
-        [
-            [
-                f"`{pair.a}`, `{pair.b}`",
-                f"{pair.difference:+.1%}",
-                _between(pair.interval),
-                f"{pair.simulated_difference:+.1%}",
-                _ranked(pair),
-            ]
-            for pair in pairs
-        ],
-    )
-
-
-def _ranked(pair: Pair) -> str:
-    if not pair.significant:
-        return "no significant difference"
-    return "alike" if pair.agrees else "**otherwise**"
-
-
-def _capacities_and_steps(report: Report) -> Iterator[str]:
-    if report.capacities:
-        yield "## Capacity"
-        rows = [
-            [
-                one.of,
-                f"{number(one.measured)} {one.unit}",
-                number(one.predicted),
-                f"{one.error:+.1%}",
-            ]
-            for one in report.capacities
-        ]
-        yield table(["", "measured", "predicted", "error"], rows)
-    if report.steps:
-        yield "## Step times"
-        rows = [
-            [
-                one.worker,
-                "no" if one.unseen else "yes",
-                f"{one.steps:,}",
-                f"{one.mape:.1%}",
-                f"{one.total:+.1%}",
-            ]
-            for one in report.steps
-        ]
-        headings = ["worker", "fitted to it", "steps", "mean size of a step's error", "all steps"]
-        yield table(headings, rows)
-
-
-def _parity(parity: Parity | None) -> Iterator[str]:
-    if parity is None:
-        return
-    found = [*parity.policy_differences, *parity.differences]
-    yield "## Parity"
-    yield (
-        f"{parity.journals} journals of the deployments, {parity.events:,} events and "
-        f"{parity.actions:,} actions, were replayed by fresh cores: "
-        f"{len(parity.differences) or 'none'} of them differently. Policies deployed otherwise "
-        f"than simulated: {len(parity.policy_differences) or 'none'}."
-    )
-    if found:
-        more = [f"- and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-        yield "\n".join([*(f"- {line}" for line in found[:_SHOWN]), *more])
-
-
-def _conditions(report: Report) -> Iterator[str]:
-    cpu = {f"load {one.load:g}": one.cpu for one in report.loads if one.cpu is not None}
-    cpu |= report.cpu
-    if cpu:
-        yield "## What measuring took"
-        most = max(one.both for one in cpu.values())
-        word = "less" if most < CPU_SHARE else "**not less**"
-        yield (
-            f"Client and proxy had at most {most:.1%} of the machine's CPU time, {word} than the "
-            f"{CPU_SHARE:.0%} that are allowed them."
-        )
-        rows = [[name, f"{one.client:.1%}", f"{one.proxy:.1%}"] for name, one in cpu.items()]
-        yield table(["runs", "client", "proxy"], rows)
-    if report.wall_s:
-        yield "## How long it took"
-        rows = [[part, f"{wall_s / 60:.1f}"] for part, wall_s in report.wall_s.items()]
-        yield table(
-            ["part", "minutes"], [*rows, ["all", f"{sum(report.wall_s.values()) / 60:.1f}"]]
-        )
-
-
-# --------------------------------------------------------------------------------------
-# Numbers
-
-
-def _amount(unit: str, value: float) -> str:
-    if unit == "s":
-        return f"{number(value)} s" if abs(value) >= 0.9995 else f"{number(value, 1000)} ms"
-    if unit == "share":
-        return f"{value:.1%}"
-    return f"{value:,.1f}".removesuffix(".0")
-
-
-def _difference(unit: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    if unit == "count":
-        return f"{value:+,.1f}".removesuffix(".0")
-    return f"{100 * value:+.1f} points" if unit == "share" else f"{value:+.1%}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.1%}"
-
-
-def _size(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def _between(interval: Interval) -> str:
-    return f"[{interval[0]:+.1%}, {interval[1]:+.1%}]"
