@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,7 +31,7 @@ from runtime.processes import Home, WorkerProcess
 from runtime.vllm_plugin import SCHEDULER_CLS, recording_environment
 from viisim.config import Experiment, load_experiment
 from viisim.errors import InputError
-from viisim.validation.measured import MeasuredRun, Part
+from viisim.validation.measured import MeasuredRun, Part, PlannedRun
 from viisim.workload.request import Request
 
 Say: TypeAlias = Callable[[str], None]
@@ -176,40 +176,24 @@ async def _end(process: WorkerProcess) -> None:
 # A run
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A run that is to be measured; see `MeasuredRun`."""
-
-    name: str
-    group: str
-    policy: Mapping[str, Any]
-    seed: int
-    rate_per_s: float
-    run_s: float
-    requests: Sequence[Request]
-
-
-async def measured(served: Served, part: Part, ask: Ask) -> MeasuredRun:
+async def measured(
+    served: Served, part: Part, planned: PlannedRun, requests: Sequence[Request]
+) -> MeasuredRun:
     """Send the requests, and leave in the part's folder what became of them."""
-    await served.schedule_by(ask.policy)
+    await served.schedule_by(planned.policy)
     await asyncio.sleep(_PAUSE_S)
     # Contents of its own: no run finds another's prompts in a prefix cache.
-    client = LoadClient(served.url, vocabulary=VOCABULARY, salt=ask.name)
+    client = LoadClient(served.url, vocabulary=VOCABULARY, salt=planned.name)
     begin_s, client_cpu_s, proxy_cpu_s = time.monotonic(), time.process_time(), served.cpu_s()
-    records = await client.send(iter(ask.requests))
+    records = await client.send(iter(requests))
     run = MeasuredRun(
-        ask.name,
-        ask.group,
-        ask.policy,
-        ask.seed,
-        ask.rate_per_s,
-        ask.run_s,
-        begin_s,
-        time.monotonic(),
-        time.process_time() - client_cpu_s,
-        served.cpu_s() - proxy_cpu_s,
+        **asdict(planned),
+        begin_s=begin_s,
+        end_s=time.monotonic(),
+        client_cpu_s=time.process_time() - client_cpu_s,
+        proxy_cpu_s=served.cpu_s() - proxy_cpu_s,
     )
     lines = "".join(record.line() + "\n" for record in records)
-    part.requests_file(ask.name).write_text(lines, encoding="utf-8")
+    part.requests_file(planned.name).write_text(lines, encoding="utf-8")
     part.add(run)
     return run

@@ -1,6 +1,7 @@
 """`viisim validate --live`: its file, the requests it sends, and a whole run against a stub."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -238,6 +239,13 @@ class TestAgainstStubs:
         before = (out / "report.json").read_bytes()
         viisim("validate", "--live", file, "--out", out, "--again")
         assert (out / "report.json").read_bytes() == before
+
+    def test_the_page_finds_its_figures(self, live: Any, tmp_path: Path) -> None:
+        file, out, page = live[0] / "validation.yaml", live[0] / "out", tmp_path / "page.md"
+        viisim("validate", "--live", file, "--out", out, "--again", "--page", page)
+        shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        assert len(shown) == 3
+        assert all((tmp_path / name).exists() for name in shown)
 
     def test_a_policy_unlike_the_simulated_is_reported(self, live: Any, tmp_path: Path) -> None:
         out = tmp_path / "out"

@@ -66,6 +66,12 @@ def validate(
             show_default=False,
         ),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --live: write the report there, too; figures to images/."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Replay measured runs in the simulator: measured and predicted figures side by side.
@@ -81,7 +87,7 @@ def validate(
     if live is not None:
         if files or profile is not None:
             raise InputError("--live measures by itself; give no other files and no --profile")
-        _validate_live(live, out, quick, again, as_json)
+        _validate_live(live, out, page, quick, again, as_json)
         return
     if not files or profile is None:
         raise InputError("validate: give files of measurements and --profile, or --live FILE")
@@ -105,13 +111,17 @@ def validate(
         typer.echo(str(path))
 
 
-def _validate_live(file: Path, out: Path | None, quick: bool, again: bool, as_json: bool) -> None:
-    from viisim.cli.validate_live import validated_live
+def _validate_live(
+    file: Path, out: Path | None, page: Path | None, quick: bool, again: bool, as_json: bool
+) -> None:
+    from viisim.cli.validate_live import validated_live, write_page
 
     folder = out or Path("runs") / file.stem
     report = validated_live(
         file, folder, quick=quick, again=again, say=lambda line: typer.echo(line, err=as_json)
     )
+    if page is not None:
+        write_page(report, folder, page)
     if as_json:
         show_json(report.to_dict())
     else:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -38,6 +39,20 @@ def validated_live(file: Path, folder: Path, *, quick: bool, again: bool, say: S
         _measure(file, config, folder, quick, say)
     command = f"viisim validate --live {shlex.quote(file.as_posix())}"
     return judge(_measured(config, folder), command + (" --quick" if quick else ""))
+
+
+def write_page(report: Report, folder: Path, page: Path) -> None:
+    """Write the report as a page among others, its figures in images/NAME beside it."""
+    images = page.parent / "images" / page.stem
+    try:
+        images.mkdir(parents=True, exist_ok=True)
+        for name, _ in report.pictures:
+            shutil.copyfile(folder / "plots" / name, images / name)
+        page.write_text(report.markdown(f"images/{page.stem}"), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise InputError(
+            f"--page {page}: {error.strerror}; give a file that can be written"
+        ) from None
 
 
 def _measured(config: ValidationConfig, folder: Path) -> Measured:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 from numpy.random import default_rng
 
-from runtime.live_validation import Ask, Say, Served, deployed, measured
+from runtime.live_validation import Say, Served, deployed, measured
 from runtime.processes import Home
 from viisim.capacity import work_rate_per_s
 from viisim.config import Experiment, load_experiment
 from viisim.validation.config import AccuracyConfig, RankingConfig
-from viisim.validation.measured import CAPACITY, WARM_UP, Part, work_columns
+from viisim.validation.measured import CAPACITY, WARM_UP, Part, PlannedRun, work_columns
 from viisim.validation.predict import (
     capacity_under_backlog_per_s,
     closed_loop,
@@ -36,26 +37,22 @@ async def measure_accuracy(
         users = users_of(experiment)
         count = requests_of_capacity(experiment, config.run_s)
         loop = closed_loop(experiment, users, count, seed)
-        await measured(served, part, Ask(CAPACITY, CAPACITY, policy, seed, 0.0, 0.0, loop))
-        rows = part.requests(CAPACITY)
-        capacity_per_s = work_rate_per_s(work_columns(rows), CAPACITY)
-        say(f"capacity: {capacity_per_s:.3g} requests/s, {users} users, {count} requests")
-        asks = [
-            Ask(
+        await measured(served, part, PlannedRun(CAPACITY, CAPACITY, policy, seed, 0.0, 0.0), loop)
+        rate_per_s = work_rate_per_s(work_columns(part.requests(CAPACITY)), CAPACITY)
+        say(f"capacity: {rate_per_s:.3g} requests/s, {users} users, {count} requests")
+        runs = [
+            PlannedRun(
                 name=f"load-{load:g}.{repetition}",
                 group=f"{load:g}",
                 policy=policy,
                 seed=seed + 2 + index,
-                rate_per_s=load * capacity_per_s,
+                rate_per_s=load * rate_per_s,
                 run_s=config.run_s,
-                requests=requests_at(
-                    experiment, load * capacity_per_s, config.run_s, seed + 2 + index
-                ),
             )
             for repetition in range(config.repetitions)
             for index, load in enumerate(config.loads)
         ]
-        await _measure_all(served, part, asks, say)
+        await _measure_all(served, part, [(run, experiment) for run in runs], say)
 
 
 async def measure_ranking(
@@ -65,37 +62,40 @@ async def measure_ranking(
     Raises InputError, as `deployed`."""
     file = config.located(config.experiment)
     experiment = load_experiment(file, overrides)
-    asks = []
-    for repetition in range(config.repetitions):
-        order = default_rng(repetition).permutation(len(config.policies))
-        for ranked in config.workloads:
-            changed = with_workload(experiment, ranked.workload)
-            rate_per_s = ranked.load * capacity_under_backlog_per_s(changed)
+    runs = []
+    for ranked in config.workloads:
+        changed = with_workload(experiment, ranked.workload)
+        rate_per_s = ranked.load * capacity_under_backlog_per_s(changed)
+        for repetition in range(config.repetitions):
             seed = experiment.seeds[0] + repetition
-            requests = requests_at(changed, rate_per_s, config.run_s, seed)
-            for policy in (config.policies[index] for index in order):
-                name = f"{ranked.name}.{policy.name}-{config.policies.index(policy)}.{repetition}"
-                own = with_policy(changed, policy).policy.spec
-                asks.append(Ask(name, ranked.name, own, seed, rate_per_s, config.run_s, requests))
+            for number in default_rng(repetition).permutation(len(config.policies)):
+                own = with_policy(changed, config.policies[number])
+                name = f"{ranked.name}.{own.policy.name}-{number}.{repetition}"
+                run = PlannedRun(name, ranked.name, own.policy.spec, seed, rate_per_s, config.run_s)
+                runs.append((repetition, run, own))
+    runs.sort(key=itemgetter(0))  # workloads take turns, too
     async with deployed(file, overrides, part, home, say) as served:
         await _warm_up(served, part, experiment)
-        await _measure_all(served, part, asks, say)
+        await _measure_all(served, part, [(run, own) for _, run, own in runs], say)
 
 
 async def _warm_up(served: Served, part: Part, experiment: Experiment) -> None:
     """Fill every place once. A server's very first requests take seconds, so a few go ahead."""
     everybody, seed = users_of(experiment), experiment.seeds[-1] + 1
     for number, users in enumerate((2 * len(experiment.numbered_replicas()), everybody)):
-        name = f"{WARM_UP}.{number}"
-        requests = closed_loop(experiment, users, users, seed + number)
-        policy = experiment.policy.spec
-        await measured(served, part, Ask(name, WARM_UP, policy, seed, 0.0, 0.0, requests))
+        name, policy = f"{WARM_UP}.{number}", experiment.policy.spec
+        run = PlannedRun(name, WARM_UP, policy, seed + number, 0.0, 0.0)
+        await measured(served, part, run, closed_loop(experiment, users, users, run.seed))
 
 
-async def _measure_all(served: Served, part: Part, asks: Sequence[Ask], say: Say) -> None:
-    for number, ask in enumerate(asks, start=1):
-        run = await measured(served, part, ask)
+async def _measure_all(
+    served: Served, part: Part, runs: Sequence[tuple[PlannedRun, Experiment]], say: Say
+) -> None:
+    """Send the requests of each run, which the experiment has at the run's rate."""
+    for number, (planned, experiment) in enumerate(runs, start=1):
+        requests = requests_at(experiment, planned.rate_per_s, planned.run_s, planned.seed)
+        run = await measured(served, part, planned, requests)
         say(
-            f"{number} of {len(asks)}: {ask.name}: {len(ask.requests)} requests, "
+            f"{number} of {len(runs)}: {run.name}: {len(requests)} requests, "
             f"{run.end_s - run.begin_s:.0f} s"
         )

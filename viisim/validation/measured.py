@@ -31,8 +31,8 @@ WARM_UP, CAPACITY = "warm-up", "capacity"
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredRun:
-    """One run: a line of `runs.jsonl`."""
+class PlannedRun:
+    """A run that is to be measured."""
 
     name: str
     group: str
@@ -40,7 +40,14 @@ class MeasuredRun:
     policy: Mapping[str, Any]
     seed: int
     rate_per_s: float
+    """Of its requests; 0 in a closed loop, as is `run_s`, for how long they arrive."""
     run_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRun(PlannedRun):
+    """One that was: a line of `runs.jsonl`."""
+
     begin_s: float
     end_s: float
     """On the machine's monotonic clock, as the workers' steps are."""
