@@ -724,7 +724,7 @@ class Report:
             "## More of the distribution\n\nSigned errors of quantiles of TTFT and of the mean time "
             "from first token to last; share of prompts answered within "
             f"{HIT_S:g} s, measured and predicted. Where about half are, the median is that of a hit "
-            "or of a miss, and its error says little.\n\n{self.detail_table()}\n",
+            f"or of a miss, and its error says little.\n\n{self.detail_table()}\n",
             "## If the service balanced in another way\n\nErrors of `naive`'s mean TTFT by load.\n\n"
             f"{self.balancer_table()}\n",
             f"## If the cache were larger or smaller\n\n{self.memory_table()}\n",
