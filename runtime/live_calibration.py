@@ -1,8 +1,9 @@
 """What `viisim calibrate --live` asks of a real worker, and what it learns beside its step times.
 
-The sweep (`runtime.live_sweep`) is sent twice with different contents, so that each pass can be
-predicted from the other. Then one list of mixed requests is sent twice: the difference of the two
-is the noise floor, and its steps are traffic that no fit has seen.
+The sweep (`runtime.live_sweep`) is sent three times with different contents: machines have fast
+and slow minutes, and no batch size should be measured in one of them only. Then one list of mixed
+requests is sent twice: the difference of the two is the noise floor, and their steps are traffic
+that a fit of the sweeps has not seen.
 
 The worker records its own steps (`runtime.vllm_plugin`). They carry the machine's monotonic clock,
 as the client's notes do, and so each step is known to belong to a part of the sweep.
@@ -38,7 +39,8 @@ from viisim.errors import InputError
 from viisim.profile import EngineSettings, ProfileEngine
 from viisim.workload.request import Request
 
-_WARM_UP, _SWEEPS, _TRAFFIC = "warm-up", ("sweep-1", "sweep-2"), ("traffic-1", "traffic-2")
+_WARM_UP, _SWEEPS = "warm-up", ("sweep-1", "sweep-2", "sweep-3")
+_TRAFFIC = "traffic-1", "traffic-2"
 _PARTS = (_WARM_UP, *_SWEEPS, *_TRAFFIC)
 """Of a run, and names of their files."""
 
@@ -216,9 +218,9 @@ def steps_path(replica: Planned, folder: Path, given: Path | None) -> Path:
 
 @asynccontextmanager
 async def _running(
-    replica: Planned, cards: Sequence[int], home: Home, steps: Path
+    replica: Planned, cards: Sequence[int], home: Home, steps: Path, name: str = "worker"
 ) -> AsyncIterator[HttpWorker]:
-    """The worker, ready; one that was started here has ended afterwards."""
+    """The worker, ready; one that was started here has ended afterwards. `name` is of its log."""
     async with AsyncExitStack() as stack:
         worker = client_of(replica, cards or None)
         stack.callback(worker.close)
@@ -226,7 +228,7 @@ async def _running(
         hint = f"look whether the server runs at {replica.url}"
         if replica.entry.worker.kind == "vllm":
             _remove(steps)
-            log = home.folder / "worker.log"
+            log = home.folder / f"{name}.log"
             command = recording_command(command_of(replica, cards, home.mark), steps)
             process = await WorkerProcess.start(command, log, home)
             stack.push_async_callback(process.stop)
@@ -234,6 +236,26 @@ async def _running(
             hint = f"look into {log}"
         await _until_healthy(worker, process, limit_s, hint)
         yield worker
+
+
+@asynccontextmanager
+async def _busy(replica: Planned, cards: Sequence[int], home: Home) -> AsyncIterator[None]:
+    """Another worker of the machine, under traffic meanwhile."""
+    settings = replica.entry.engine.resolve(replica.entry.load_profile())
+    steps = home.folder / f"{replica.id}.beside.jsonl"
+    async with _running(replica, cards, home, steps, replica.id):
+        task = asyncio.create_task(_keep_busy(replica, settings))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+async def _keep_busy(replica: Planned, settings: EngineSettings) -> None:
+    while True:
+        await _send(replica.url, replica.entry.model, "beside", traffic(settings))
 
 
 def _remove(file: Path) -> None:
@@ -276,19 +298,25 @@ async def measure(
     home: Home,
     *,
     steps: Path | None = None,
+    beside: Sequence[tuple[Planned, Sequence[int]]] = (),
     settle_s: float = _SETTLE_S,
     say: Callable[[str], None] = lambda line: None,
 ) -> Measured:
     """Send everything to the replica's worker, and leave what it showed in the home's folder.
 
-    `steps` is the file of a server that runs already. Raises InputError for a worker that does
-    not start, refuses a request or records nothing.
+    `steps` is the file of a server that runs already. Workers `beside` it, with their cards, have
+    traffic of their own meanwhile: what they take from each other (caches, memory bandwidth,
+    power) is then in the measurement. Raises InputError for a worker that does not start, refuses
+    a request or records nothing.
     """
     file = steps_path(replica, home.folder, steps)
     settings = replica.entry.engine.resolve(replica.entry.load_profile())
     begun_s = time.monotonic()
-    async with _running(replica, cards, home, file) as worker:
+    async with AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(_running(replica, cards, home, file))
         start_s = time.monotonic() - begun_s
+        for other, own in beside:
+            await stack.enter_async_context(_busy(other, own, home))
         engine = await engine_of(worker, settings)
         say(f"{replica.id} is ready after {start_s:.0f} s: vLLM {engine.version}")
         sent = await _send_all(replica.url, replica.entry.model, engine, say)

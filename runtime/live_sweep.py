@@ -17,7 +17,7 @@ from viisim.errors import InputError
 from viisim.profile import EngineSettings
 
 SHORT_TOKENS = 16
-_DECODE_STEPS = 48
+_DECODE_STEPS = 32
 """Steps of a decode phase after all its prompts are in: enough for a mean, few enough that the
 context hardly grows meanwhile."""
 _MOST_STEPS = 16

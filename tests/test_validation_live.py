@@ -211,6 +211,10 @@ class TestAgainstStubs:
         assert counts
         assert all(check["passed"] for check in counts)
 
+    def test_the_other_worker_had_traffic_during_the_calibration(self, live: Any) -> None:
+        beside = live[0] / "out/profiles/tiny/r1.beside.jsonl"
+        assert len(beside.read_text(encoding="utf-8").splitlines()) > 100
+
     def test_the_journals_replay(self, live: Any) -> None:
         parity = live[1]["parity"]
         assert parity["events"] > 0

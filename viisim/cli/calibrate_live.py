@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """Errors of the profile on the steps of traffic that it was not fitted to; relative."""
+    """Relative errors, on steps of traffic, of a fit that has not seen them."""
 
     steps: int
     step_time_mape: float
@@ -31,8 +31,8 @@ class Unseen:
 
     def __str__(self) -> str:
         return (
-            f"{self.steps:,} steps of mixed traffic, not fitted: mean absolute error "
-            f"{self.step_time_mape:.1%} a step, {self.total_step_time:+.1%} of their total"
+            f"A fit of the sweeps alone is off by {self.step_time_mape:.1%} a step (mean size) and "
+            f"{self.total_step_time:+.1%} in total on {self.steps:,} steps of mixed traffic"
         )
 
 
@@ -88,22 +88,28 @@ def calibrated_live(
     *,
     replica_id: str | None = None,
     steps: Path | None = None,
+    beside: bool = False,
 ) -> tuple[Calibration, Live]:
-    """Measure the worker of one replica, of the first if none is named; fit its sweep, and judge
-    the fit by traffic that it has not seen. What was measured stays in `folder`.
+    """Measure the worker of one replica, of the first if none is named; fit its sweeps, judge that
+    fit by traffic that it has not seen, then fit all. What was measured stays in `folder`.
 
-    `steps`: see `runtime.live_calibration.measure`. Raises InputError, too, for a worker that
-    cannot be measured. `say` is told what happens, a line each.
+    `steps`, and workers `beside`, which are all the others of the experiment: see
+    `runtime.live_calibration.measure`. Raises InputError, too, for a worker that cannot be
+    measured. `say` is told what happens, a line each.
     """
     from runtime.cluster import planned
     from viisim.calibration.calibrate import calibrate
     from viisim.calibration.read import read_measurements
 
-    replica = next(one for one in planned(experiment) if replica_id in (None, one.id))
-    measured = _measured(experiment, replica, steps, folder, say)
+    replicas = planned(experiment)
+    replica = next(one for one in replicas if replica_id in (None, one.id))
+    others = [one for one in replicas if beside and one is not replica]
+    measured = _measured(experiment, replica, others, steps, folder, say)
     stated = _stated(options, replica.entry, measured)
-    done = calibrate(read_measurements(measured.sweeps), stated)
-    unseen = _unseen(done.profile, measured.traffic)
+    swept = calibrate(read_measurements(measured.sweeps), stated)
+    unseen = _unseen(swept.profile, measured.traffic)
+    # What comes in practice counts as well, once it has said how far off the sweeps alone were.
+    done = calibrate(read_measurements([*measured.sweeps, *measured.traffic]), stated)
     notes = f"{done.profile.notes} {unseen}."
     # The engine as it ran, switches included; the fit knows numbers only.
     update = {"engine": measured.engine, "api": _api(measured.overhead), "notes": notes}
@@ -114,6 +120,7 @@ def calibrated_live(
 def _measured(
     experiment: Experiment,
     replica: Planned,
+    others: Sequence[Planned],
     steps: Path | None,
     folder: Path,
     say: Callable[[str], None],
@@ -123,11 +130,13 @@ def _measured(
     from runtime.processes import Home
     from runtime.serve import run
 
-    cards = cards_of(experiment).get(replica.id, ())
+    cards = cards_of(experiment)
+    beside = [(one, cards.get(one.id, ())) for one in others]
     found: list[Measured] = []
 
     async def main() -> None:
-        found.append(await measure(replica, cards, home, steps=steps, say=say))
+        own = cards.get(replica.id, ())
+        found.append(await measure(replica, own, home, steps=steps, beside=beside, say=say))
 
     with Home(folder) as home:
         for pid in home.end_leftovers():

@@ -183,7 +183,8 @@ def machine() -> str:
 
 
 def _calibrate(experiment: Experiment, replica_id: str, label: str, out: Path, say: Say) -> None:
-    """Fit the profile of one worker, which is started for that and ended."""
+    """Fit the profile of one worker, which is started for that and ended, beside the others of its
+    experiment: what they take from each other on one machine belongs to its step times."""
     from viisim.calibration.calibrate import Options
     from viisim.calibration.profile_file import write_profile
     from viisim.cli.calibrate_live import calibrated_live
@@ -192,7 +193,12 @@ def _calibrate(experiment: Experiment, replica_id: str, label: str, out: Path, s
     folder = out.with_suffix("")
     folder.mkdir(parents=True)
     done, live = calibrated_live(
-        experiment, folder, Options(device="cpu_core", model=label), say, replica_id=replica_id
+        experiment,
+        folder,
+        Options(model=label),
+        say,
+        replica_id=replica_id,
+        beside=True,
     )
     write_profile(
         done.profile, out, [f"Made by viisim validate --live: {experiment.name}, {label}"]

@@ -328,9 +328,13 @@ def _calibration(measured: Measured) -> Iterator[Stated]:
     """Of each kind of worker."""
     for label in measured.about["weights"]:
         summary = json.loads((measured.folder / "profiles" / label / "summary.json").read_text())
-        for name, value in summary["noise_floor"].items():
-            yield Stated(f"{label}: one list twice, mean {name.upper()}", value, "")
-        unseen = summary["unseen_traffic"]
-        yield Stated(f"{label}: unseen traffic, mean error of a step", unseen["step_time_mape"], "")
-        yield Stated(f"{label}: unseen traffic, total", unseen["total_step_time"], "")
-        yield Stated(f"{label}: API delay", summary["host_overhead"]["p50_s"], "s")
+        floor, unseen = summary["noise_floor"], summary["unseen_traffic"]
+        shares = {f"one list twice, mean {name.upper()}": value for name, value in floor.items()}
+        shares |= {
+            "fit of the sweeps on traffic, mean size of a step's error": unseen["step_time_mape"],
+            "the same, total step time": unseen["total_step_time"],
+        }
+        for what, share in shares.items():
+            yield Stated(f"{label}: {what}", 100 * share, "%")
+        delay_s = summary["host_overhead"]["p50_s"]
+        yield Stated(f"{label}: way to the engine and back, median", 1e3 * delay_s, "ms")
