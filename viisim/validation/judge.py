@@ -225,23 +225,23 @@ def _ranking(
     runs: Sequence[MeasuredRun],
 ) -> Ranking:
     assert measured.config.ranking is not None
-    real: dict[str, list[Answers]] = {}
-    predicted: dict[str, list[Answers]] = {}
-    for policy in measured.config.ranking.policies:
-        changed = with_policy(with_workload(experiment, ranked.workload), policy)
-        own = [run for run in runs if run.policy == changed.policy.spec]
-        real[label_of(policy)] = [measured_answers(part, run, _ids(experiment)) for run in own]
-        predicted[label_of(policy)] = [
-            simulated_answers(
-                simulated(
-                    changed, requests_at(changed, run.rate_per_s, run.run_s, run.seed), run.seed
-                )
-            )
-            for run in own
-        ]
+    policies = measured.config.ranking.policies
+    changed = [with_policy(with_workload(experiment, ranked.workload), one) for one in policies]
+    own = [[run for run in runs if run.policy == one.policy.spec] for one in changed]
+    whole = min(map(len, own))  # repetitions that every policy has
+    real, predicted = {}, {}
+    for policy, under, its_runs in zip(policies, changed, own, strict=True):
+        label, kept = label_of(policy), its_runs[:whole]
+        real[label] = [measured_answers(part, run, _ids(experiment)) for run in kept]
+        predicted[label] = [_simulated_answers(under, run) for run in kept]
     judged = ranked.judged_by
     figure = Figure(judged.metric, judged.statistic, judged.traffic_class)
     return rank(figure, real, predicted)
+
+
+def _simulated_answers(experiment: Experiment, run: MeasuredRun) -> Answers:
+    requests = requests_at(experiment, run.rate_per_s, run.run_s, run.seed)
+    return simulated_answers(simulated(experiment, requests, run.seed))
 
 
 # --------------------------------------------------------------------------------------
@@ -287,9 +287,9 @@ def policy_differences(
     deployed: Sequence[PolicySpec], planned: Sequence[PolicySpec]
 ) -> Iterator[str]:
     """Where the policies of a deployment's journal, in their order, are not those that its runs
-    were to have, which are the simulated ones."""
+    were to have, which are the simulated ones. One more is of a run that was cut short."""
     wanted = _changes(planned)
-    if len(deployed) != len(wanted):
+    if len(deployed) not in (len(wanted), len(wanted) + 1):
         yield f"{len(deployed)} policies were deployed in turn, {len(wanted)} were to be"
     for number, (one, other) in enumerate(zip(deployed, wanted, strict=False), start=1):
         if one != other:
