@@ -91,7 +91,7 @@ def test_each_size_decodes_at_a_short_and_a_long_context(engine: EngineSettings)
 def test_all_sequences_of_a_size_decode_together_for_many_steps(engine: EngineSettings) -> None:
     for size, prompt, outputs in decodes(engine):
         ramp = size * prompt / (engine.max_num_batched_tokens - size)
-        assert outputs - ramp >= 47
+        assert outputs - ramp >= 31
 
 
 @ENGINES
