@@ -179,7 +179,7 @@ def test_one_that_stays_ill_is_ended_and_started_again():
 def test_one_that_never_comes_up_is_given_up():
     async def scenario(scene: Scene) -> None:
         scene.healthy = False
-        scene.supervisor.keep(scene, scene.start, start_limit_s=0.005)  # type: ignore[arg-type]
+        scene.supervisor.keep(scene, scene.start, start_limit_s=0.005)  # type: ignore[arg-type]  # it is its own worker
         with pytest.raises(InputError, match=r"r0: not healthy for 0\.005 s, for the 4th time"):
             await scene.supervisor.until_up("r0")
 
@@ -209,7 +209,7 @@ def test_what_the_system_cannot_start_now_is_tried_again():
 def test_time_spent_loading_forgives_nothing():
     async def scenario(scene: Scene) -> None:
         scene.healthy = False
-        scene.supervisor.keep(scene, scene.start, start_limit_s=0.01)  # type: ignore[arg-type]
+        scene.supervisor.keep(scene, scene.start, start_limit_s=0.01)  # type: ignore[arg-type]  # it is its own worker
         with pytest.raises(InputError, match="for the 4th time"):
             await scene.supervisor.until_up("r0")
 

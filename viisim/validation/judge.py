@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from viisim.validation.measured import (
     WARM_UP,
     MeasuredRun,
     Part,
+    PlannedRun,
     measured_answers,
     work_columns,
 )
@@ -147,8 +148,7 @@ def _load_run(
     def predicted(rate_per_s: float) -> Answers:
         # The same requests, closer together or further apart.
         run_s = first.run_s * first.rate_per_s / rate_per_s
-        requests = requests_at(experiment, rate_per_s, run_s, first.seed)
-        return simulated_answers(simulated(experiment, requests, first.seed))
+        return _predicted(experiment, replace(first, rate_per_s=rate_per_s, run_s=run_s))
 
     def mean_e2e_s(at: float) -> float:
         return float(predicted(at * capacity_per_s).latencies("e2e_s").mean())
@@ -162,6 +162,11 @@ def _load_run(
         cpu=_cpu(measured, runs),
         equal_load=load_at_equal_e2e(found, mean_e2e_s, load) if load > _NEAR_LOAD else None,
     )
+
+
+def _predicted(experiment: Experiment, run: PlannedRun) -> Answers:
+    requests = requests_at(experiment, run.rate_per_s, run.run_s, run.seed)
+    return simulated_answers(simulated(experiment, requests, run.seed))
 
 
 def _step_times(measured: Measured, part: Part, runs: Sequence[MeasuredRun]) -> list[StepTimes]:
@@ -233,15 +238,10 @@ def _ranking(
     for policy, under, its_runs in zip(policies, changed, own, strict=True):
         label, kept = label_of(policy), its_runs[:whole]
         real[label] = [measured_answers(part, run, _ids(experiment)) for run in kept]
-        predicted[label] = [_simulated_answers(under, run) for run in kept]
+        predicted[label] = [_predicted(under, run) for run in kept]
     judged = ranked.judged_by
     figure = Figure(judged.metric, judged.statistic, judged.traffic_class)
     return rank(figure, real, predicted)
-
-
-def _simulated_answers(experiment: Experiment, run: MeasuredRun) -> Answers:
-    requests = requests_at(experiment, run.rate_per_s, run.run_s, run.seed)
-    return simulated_answers(simulated(experiment, requests, run.seed))
 
 
 # --------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ class Part:
         self.folder = folder
         self.journal = folder / "journal"
         self._runs = folder / "runs.jsonl"
+        self._steps: dict[str, list[Row]] = {}
+        """By replica, once they were read."""
 
     def steps_file(self, replica_id: str) -> Path:
         """A worker's step records."""
@@ -86,9 +88,12 @@ class Part:
 
     def steps(self, replica_id: str, runs: Sequence[MeasuredRun]) -> list[Row]:
         """The steps that a worker began during these runs. Raises InputError, as `runs`."""
-        rows = _rows(self.steps_file(replica_id))
+        if replica_id not in self._steps:
+            self._steps[replica_id] = _rows(self.steps_file(replica_id))
         return [
-            row for row in rows if any(run.begin_s <= row["start_s"] < run.end_s for run in runs)
+            row
+            for row in self._steps[replica_id]
+            if any(run.begin_s <= row["start_s"] < run.end_s for run in runs)
         ]
 
 
