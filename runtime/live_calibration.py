@@ -1,9 +1,9 @@
 """What `viisim calibrate --live` asks of a real worker, and what it learns beside its step times.
 
 The sweep (`runtime.live_sweep`) is sent three times with different contents: machines have fast
-and slow minutes, and no batch size should be measured in one of them only. Then one list of mixed
-requests is sent twice: the difference of the two is the noise floor, and their steps are traffic
-that a fit of the sweeps has not seen.
+and slow minutes, and no batch size should be measured in one of them only. In between one list of
+mixed requests is sent twice: the difference of the two is the noise floor, their steps are traffic
+that a fit of the sweeps has not seen, and their clients' times tell the way to a busy engine.
 
 The worker records its own steps (`runtime.vllm_plugin`). They carry the machine's monotonic clock,
 as the client's notes do, and so each step is known to belong to a part of the sweep.
@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
@@ -30,6 +29,7 @@ from policies.interface import RequestView
 from runtime.cluster import Planned, client_of
 from runtime.commands import WorkerCommand, command_of
 from runtime.http_worker import HttpWorker
+from runtime.live_delays import BusyDelays, Overhead, busy_delays_of, overhead_of
 from runtime.live_sweep import Chain, Phase, decode_sizes, sweep, traffic
 from runtime.load import LoadClient, Record
 from runtime.processes import Home, WorkerProcess
@@ -41,8 +41,8 @@ from viisim.workload.request import Request
 
 _WARM_UP, _SWEEPS = "warm-up", ("sweep-1", "sweep-2", "sweep-3")
 _TRAFFIC = "traffic-1", "traffic-2"
-_PARTS = (_WARM_UP, *_SWEEPS, *_TRAFFIC)
-"""Of a run, and names of their files."""
+_PARTS = (_WARM_UP, "sweep-1", "traffic-1", "sweep-2", "traffic-2", "sweep-3")
+"""Of a run in their order, and names of their files."""
 
 _VOCABULARY = range(10, 100)
 """Token ids that every model has, none of them special in the usual vocabularies."""
@@ -64,39 +64,6 @@ Row: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Overhead:
-    """Time to first token as the client saw it, less what the engine's steps took, of requests
-    that were alone: HTTP, tokens and pipes. In seconds."""
-
-    requests: int
-    mean_s: float
-    p50_s: float
-    p90_s: float
-    request_s: float
-    request_per_prompt_token_s: float
-    """From sending until the first step begins: a straight line, not below 0."""
-    answer_s: float
-    """The rest, from the end of the last step until the client has the token; the median."""
-
-    @classmethod
-    def of(
-        cls, prompt_tokens: Sequence[int], request_s: Sequence[float], answer_s: Sequence[float]
-    ) -> Overhead:
-        """Of each request's prompt, and how long it and its answer were on their way."""
-        extra_s = np.add(request_s, answer_s)
-        fixed_s, slope_s = _line(prompt_tokens, request_s)
-        return cls(
-            requests=len(extra_s),
-            mean_s=float(extra_s.mean()),
-            p50_s=float(np.median(extra_s)),
-            p90_s=float(np.quantile(extra_s, 0.9)),
-            request_s=fixed_s,
-            request_per_prompt_token_s=slope_s,
-            answer_s=max(median(answer_s), 0.0),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Measured:
     """A worker's measurements, and where their files are."""
 
@@ -106,6 +73,9 @@ class Measured:
     traffic: tuple[Path, ...]
     """Step records of the passes."""
     overhead: Overhead
+    """On an idle engine."""
+    busy: BusyDelays | None
+    """None where it was idle most of the time."""
     noise_floor: Mapping[str, float]
     """Relative difference of the means of `ttft`, `tpot` and `e2e` between two equal lists."""
     start_s: float
@@ -132,50 +102,10 @@ class _Sent:
         return [replace(one, sent_s=self.begin_s + one.sent_s) for one in self.records]
 
 
-def overhead_of(records: Sequence[Record], steps: Sequence[Row]) -> Overhead:
-    """Of requests that were sent one after the other, and the worker's steps meanwhile; `sent_s`
-    and `start_s` are on one clock.
-
-    Raises InputError where the steps are not those of these requests.
-    """
-    prefills = [step for step in steps if step["prefill_tokens"]]
-    ends = list(accumulate(step["prefill_tokens"] for step in prefills))
-    request_s, answer_s, done, first = [], [], 0, 0
-    for record in records:
-        done += record.prompt_tokens
-        if done not in ends:
-            raise InputError(
-                f"the worker's steps are not those of the {len(records)} prompts sent: another "
-                "client uses it, or it records elsewhere; calibrate a worker that is left alone"
-            )
-        last = ends.index(done) + 1
-        own = prefills[first:last]
-        engine_s = sum(_duration_s(step, chunk > 0) for chunk, step in enumerate(own))
-        assert record.ttft_from_sent_s is not None, "it was answered"
-        request_s.append(own[0]["start_s"] - record.sent_s)
-        answer_s.append(record.ttft_from_sent_s - request_s[-1] - engine_s)
-        first = last
-    return Overhead.of([record.prompt_tokens for record in records], request_s, answer_s)
-
-
 def noise_floor_of(first: Sequence[Record], second: Sequence[Record]) -> dict[str, float]:
     """Relative difference of the means between two runs of one list."""
     means = [_means(records) for records in (first, second)]
     return {name: means[1][name] / means[0][name] - 1 for name in means[0]}
-
-
-def _line(x: Sequence[int], y: Sequence[float]) -> tuple[float, float]:
-    """Intercept and slope, neither below 0, of the line that half of the points lie above. Its
-    slope is the median of all pairs' (Theil and Sen): a hiccup or two do not turn it."""
-    from scipy.stats import theilslopes
-
-    slope = max(float(theilslopes(y, x).slope), 0.0) if len(set(x)) > 1 else 0.0
-    return max(float(np.median(np.subtract(y, np.multiply(slope, x)))), 0.0), slope
-
-
-def _duration_s(step: Row, is_later: bool) -> float:
-    """A step's time, and for a prompt's later steps the gap before them."""
-    return float(step["exec_s"] + step["host_s"] + ((step["gap_s"] or 0.0) if is_later else 0.0))
 
 
 def _means(records: Sequence[Record]) -> dict[str, float]:
@@ -255,7 +185,8 @@ async def _busy(replica: Planned, cards: Sequence[int], home: Home) -> AsyncIter
 
 async def _keep_busy(replica: Planned, settings: EngineSettings) -> None:
     while True:
-        await _send(replica.url, replica.entry.model, "beside", traffic(settings))
+        for phase in traffic(settings):
+            await _send(replica.url, replica.entry.model, "beside", phase)
 
 
 def _remove(file: Path) -> None:
@@ -325,20 +256,22 @@ async def measure(
     _write_requests(home.folder / "requests.jsonl", sent)
     files = {part: _write_steps(home.folder, part, sent, rows) for part in _PARTS}
     lone = [one for one in sent if one.name == "alone"]
-    lists = [one for one in sent if one.name == "traffic"]
+    lists = {part: [one for one in sent if one.part == part] for part in _TRAFFIC}
+    traffics = [one for own in lists.values() for one in own]
     swept = [one for one in sent if one.part in _SWEEPS]
+    overhead = overhead_of(_records(lone), list(_during(lone, rows)))
     return Measured(
         folder=home.folder,
         engine=engine.model_copy(update={"async_scheduling": _is_ahead(rows)}),
         sweeps=tuple(files[part] for part in _SWEEPS),
         traffic=tuple(files[part] for part in _TRAFFIC),
-        overhead=overhead_of(
-            [record for one in lone for record in one.records_by_steps_clock()],
-            list(_during(lone, rows)),
+        overhead=overhead,
+        busy=busy_delays_of(
+            _records(traffics), list(_during(traffics, rows)), overhead.request_per_prompt_token_s
         ),
-        noise_floor=noise_floor_of(lists[0].records, lists[1].records),
+        noise_floor=noise_floor_of(*(_records(own) for own in lists.values())),
         start_s=start_s,
-        sweep_s=swept[-1].end_s - swept[0].begin_s,
+        sweep_s=sum(one.end_s - one.begin_s for one in swept),
         total_s=sent[-1].end_s - sent[0].begin_s,
     )
 
@@ -349,10 +282,11 @@ async def _send_all(
     """Warm up with the largest batches, which touch most of the memory, then send each part."""
     phases = sweep(engine)
     largest = [phase for phase in phases if len(phase.chains) == decode_sizes(engine)[-1]]
-    parts = {_WARM_UP: largest, **dict.fromkeys(_SWEEPS, phases)}
-    parts |= {part: [traffic(engine)] for part in _TRAFFIC}
+    content = {_WARM_UP: largest, **dict.fromkeys(_SWEEPS, phases)}
+    content |= dict.fromkeys(_TRAFFIC, traffic(engine))
     sent = []
-    for part, own in parts.items():
+    for part in _PARTS:
+        own = content[part]
         begun_s = time.monotonic()
         sent += [await _send(url, model, part, phase) for phase in own]
         say(f"{part}: {len(own)} phases in {time.monotonic() - begun_s:.1f} s")
@@ -384,11 +318,12 @@ async def _send(url: str, model: str, part: str, phase: Phase) -> _Sent:
 def _turn(chain: Chain, number: int, model: str, mark: tuple[float, int], now_ns: int) -> Request:
     """A request of a chain, and behind it the next one."""
     ask, name = chain[number], f"{mark[1]}.{number}"
-    view = RequestView(name, model, now_ns / 1e9, ask.prompt_tokens, ask.output_tokens)
+    due_ns = now_ns + round(ask.pause_s * 1e9)
+    view = RequestView(name, model, due_ns / 1e9, ask.prompt_tokens, ask.output_tokens)
     goes_on = number + 1 < len(chain)
     following = partial(_turn, chain, number + 1, model, mark) if goes_on else None
     prompt = (((*mark, number), ask.prompt_tokens),)
-    return Request(view, now_ns, prompt, ask.output_tokens, next_turn=following)
+    return Request(view, due_ns, prompt, ask.output_tokens, next_turn=following)
 
 
 # --------------------------------------------------------------------------------------
@@ -405,6 +340,11 @@ def _rows(file: Path, since_s: float) -> list[Row]:
     if not rows:
         raise InputError(f"{file}: the worker recorded no step; look into its log for `viisim:`")
     return rows
+
+
+def _records(sent: Sequence[_Sent]) -> list[Record]:
+    """By the clock of the steps."""
+    return [record for one in sent for record in one.records_by_steps_clock()]
 
 
 def _during(sent: Sequence[_Sent], rows: Sequence[Row]) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from viisim.errors import InputError
 from viisim.profile import EngineSettings
@@ -26,8 +27,10 @@ _GROWTH = 1.5
 """Ratio of one prompt length to the next."""
 _STEPS_BETWEEN = 4
 """Steps of the others, at most, while an answer travels to the client and the next prompt back."""
-_TRAFFIC_CHAINS, _TRAFFIC_TURNS = 16, 8
+_TRAFFIC_REQUESTS, _FEWEST_TURNS, _MOST_CHAINS = 48, 4, 32
 _TRAFFIC_OUTPUTS = (8, 96)
+_MOST_PAUSE_S = 0.1
+"""Several steps of most engines: a request may then come at any moment of a step."""
 
 Chain: TypeAlias = tuple["Ask", ...]
 
@@ -38,6 +41,8 @@ class Ask:
 
     prompt_tokens: int
     output_tokens: int
+    pause_s: float = 0.0
+    """From the answer before it in its chain until it is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +85,32 @@ def alone(engine: EngineSettings) -> Phase:
     return Phase("alone", (tuple(Ask(n, 2) for n in _lengths(longest)),))
 
 
-def traffic(engine: EngineSettings) -> Phase:
-    """Mixed lengths, a quarter of the largest batch at a time, and no more than 16; the same
-    whenever it is called."""
-    chains = min(max(2, engine.max_num_seqs // 4), _TRAFFIC_CHAINS)
+def traffic(engine: EngineSettings) -> list[Phase]:
+    """Mixed lengths in ragged batches, with up to a quarter of the places taken and then up to
+    all, and pauses between; the same whenever it is called."""
+    most = min(engine.max_num_seqs, _MOST_CHAINS)
+    few = min(max(2, most // 4), most)
+    return [_traffic(engine, chains) for chains in sorted({few, most})]
+
+
+def _traffic(engine: EngineSettings, chains: int) -> Phase:
     least, most = _TRAFFIC_OUTPUTS
-    longest = max(
-        SHORT_TOKENS, min(engine.max_model_len // 2, _sequence_room(engine, chains)) - most
-    )
+    longest = min(engine.max_model_len // 2, _sequence_room(engine, chains)) - most
     rng = np.random.default_rng(chains)
-    shape = (chains, _TRAFFIC_TURNS)
-    prompts = np.exp(rng.uniform(np.log(SHORT_TOKENS), np.log(longest), shape)).astype(int)
-    outputs = np.exp(rng.uniform(np.log(least), np.log(most), shape)).astype(int)
-    lengths = (
-        zip(p, o, strict=True) for p, o in zip(prompts.tolist(), outputs.tolist(), strict=True)
-    )
-    return Phase("traffic", tuple(tuple(Ask(*ask) for ask in chain) for chain in lengths))
+    shape = (chains, max(_FEWEST_TURNS, _TRAFFIC_REQUESTS // chains))
+    prompts = _log_uniform(rng, SHORT_TOKENS, max(SHORT_TOKENS, longest), shape).astype(int)
+    outputs = _log_uniform(rng, least, most, shape).astype(int)
+    pauses_s = rng.uniform(0.0, _MOST_PAUSE_S, shape)
+    each = zip(prompts.tolist(), outputs.tolist(), pauses_s.tolist(), strict=True)
+    turns = (tuple(Ask(*ask) for ask in zip(*chain, strict=True)) for chain in each)
+    return Phase(f"traffic {chains}", tuple(turns))
+
+
+def _log_uniform(
+    rng: np.random.Generator, least: int, most: int, shape: tuple[int, int]
+) -> NDArray[np.float64]:
+    """Numbers in between, their logarithms uniform."""
+    return np.exp(rng.uniform(np.log(least), np.log(most), shape))
 
 
 def _decodes(engine: EngineSettings, size: int) -> Iterator[Phase]:

@@ -53,11 +53,13 @@ class Engine:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            gap_s: float | None = GAP_S
             while not (self.running or self.waiting):
+                gap_s = None
                 self.arrived.clear()
                 await self.arrived.wait()
-            start_s = time.monotonic()
-            self.records.write(json.dumps({"start_s": start_s, **self.step()}) + "\n")
+            times = {"start_s": time.monotonic(), "gap_s": gap_s}
+            self.records.write(json.dumps({**times, **self.step()}) + "\n")
             await asyncio.sleep(0)
 
     def step(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class Engine:
         return {
             "exec_s": base_s + DECODE_CONTEXT_S * context + PREFILL_TOKEN_S * prefill,
             "host_s": HOST_S,
-            "gap_s": GAP_S,
+            "waiting": len(self.waiting),
             "decode_seqs": len(decodes),
             "decode_context_tokens": context,
             "prefill_tokens": prefill,

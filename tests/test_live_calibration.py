@@ -4,6 +4,7 @@ The whole run is against a stub that batches and records as vLLM does; against v
 $VIISIM_VLLM names the folder that experiments/vllm_cpu/install.sh filled.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -17,13 +18,7 @@ from typer.testing import CliRunner
 
 from runtime.cluster import planned
 from runtime.commands import command_of
-from runtime.live_calibration import (
-    Overhead,
-    noise_floor_of,
-    overhead_of,
-    recording_command,
-    steps_path,
-)
+from runtime.live_calibration import noise_floor_of, recording_command, steps_path
 from runtime.live_sweep import Phase, alone, decode_sizes, sweep, traffic
 from runtime.load import Record
 from runtime.vllm_plugin import RECORDS_VARIABLE, SCHEDULER_CLS
@@ -53,7 +48,7 @@ ENGINES = pytest.mark.parametrize("engine", [SMALL, LARGE, ODD], ids=["small", "
 
 
 def phases(engine: EngineSettings) -> list[Phase]:
-    return [*sweep(engine), traffic(engine)]
+    return [*sweep(engine), *traffic(engine)]
 
 
 def decodes(engine: EngineSettings) -> Iterator[tuple[int, int, int]]:
@@ -149,6 +144,19 @@ def test_the_traffic_is_the_same_each_time() -> None:
     assert traffic(SMALL) == traffic(SMALL)
 
 
+@ENGINES
+def test_the_traffic_takes_some_places_and_then_all(engine: EngineSettings) -> None:
+    few, most = (len(phase.chains) for phase in traffic(engine))
+    assert few < most == min(engine.max_num_seqs, 32)
+
+
+def test_a_request_of_the_traffic_may_come_at_any_moment_of_a_step() -> None:
+    for phase in traffic(SMALL):
+        pauses_s = sorted(ask.pause_s for chain in phase.chains for ask in chain)
+        between = [b - a for a, b in itertools.pairwise([0.0, *pauses_s, 0.1])]
+        assert max(between) < 0.02
+
+
 def test_an_engine_without_room_for_a_request_is_refused() -> None:
     tiny = EngineSettings(num_kv_blocks=4, max_model_len=32, max_num_seqs=1)
     with pytest.raises(InputError, match="too few to calibrate"):
@@ -158,85 +166,12 @@ def test_an_engine_without_room_for_a_request_is_refused() -> None:
 # -- what is learned --
 
 
-def record(
-    prompt: int, ttft_s: float, e2e_s: float = 1.0, outputs: int = 2, sent_s: float = 0.0
-) -> Record:
-    return Record(
-        "0",
-        0.0,
-        sent_s=sent_s,
-        prompt_tokens=prompt,
-        output_tokens=outputs,
-        ttft_from_sent_s=ttft_s,
-        e2e_from_sent_s=e2e_s,
-    )
-
-
-def step(
-    prefill: int, exec_s: float, gap_s: float | None = 0.5, start_s: float = 0.0
-) -> dict[str, Any]:
-    return {
-        "start_s": start_s,
-        "prefill_tokens": prefill,
-        "exec_s": exec_s,
-        "host_s": 0.001,
-        "gap_s": gap_s,
-    }
-
-
-def lone(prompts: list[int], way_s: list[float], back_s: list[float]) -> Overhead:
-    """Of requests sent a second apart, whose only step takes 0.1 s."""
-    records = [
-        record(prompt, way + 0.1 + back, sent_s=float(second))
-        for second, (prompt, way, back) in enumerate(zip(prompts, way_s, back_s, strict=True))
-    ]
-    steps = [
-        step(prompt, 0.099, start_s=second + way)
-        for second, (prompt, way) in enumerate(zip(prompts, way_s, strict=True))
-    ]
-    return overhead_of(records, steps)
-
-
-def test_the_overhead_is_what_the_steps_of_the_prompt_do_not_explain() -> None:
-    steps = [step(90, 0.1, None), step(0, 9.0), step(64, 0.05), step(36, 0.03, 0.002)]
-    found = overhead_of([record(90, 0.111), record(100, 0.103)], steps)
-    assert found.mean_s == pytest.approx(0.5 * (0.111 - 0.101 + 0.103 - 0.084))
-
-
-def test_the_way_to_the_engine_has_a_fixed_part_and_one_a_prompt_token() -> None:
-    found = lone([10, 60, 110], [0.0052, 0.0062, 0.0072], [0.002, 0.004, 0.003])
-    assert found.request_per_prompt_token_s == pytest.approx(2e-5)
-    assert found.request_s == pytest.approx(0.005)
-
-
-def test_the_way_back_is_the_rest() -> None:
-    found = lone([10, 60, 110], [0.0052, 0.0062, 0.0072], [0.002, 0.004, 0.003])
-    assert found.answer_s == pytest.approx(0.003)
-
-
-def test_a_hiccup_does_not_turn_the_line() -> None:
-    prompts = [10, 20, 40, 80, 160]
-    found = lone(prompts, [0.005, 0.005, 0.005, 0.005, 0.5], [0.002] * 5)
-    assert (found.request_s, found.request_per_prompt_token_s) == pytest.approx((0.005, 0.0))
-
-
-def test_a_line_that_falls_is_level() -> None:
-    found = lone([10, 60, 110], [0.007, 0.006, 0.005], [0.002] * 3)
-    assert (found.request_s, found.request_per_prompt_token_s) == pytest.approx((0.006, 0.0))
-
-
-def test_prompts_of_one_length_have_no_slope() -> None:
-    found = lone([16, 16], [0.005, 0.007], [0.002, 0.002])
-    assert (found.request_s, found.request_per_prompt_token_s) == pytest.approx((0.006, 0.0))
-
-
-def test_steps_of_another_client_are_an_error() -> None:
-    with pytest.raises(InputError, match="another client"):
-        overhead_of([record(100, 0.1)], [step(90, 0.1)])
+def record(ttft_s: float, e2e_s: float, outputs: int) -> Record:
+    return Record("0", 0.0, output_tokens=outputs, ttft_from_sent_s=ttft_s, e2e_from_sent_s=e2e_s)
 
 
 def test_the_noise_floor_is_the_difference_of_means() -> None:
-    first, second = [record(8, 0.1, 1.1, 11)], [record(8, 0.2, 2.4, 11)]
+    first, second = [record(0.1, 1.1, 11)], [record(0.2, 2.4, 11)]
     expected = {"ttft": 1.0, "tpot": 1.2, "e2e": pytest.approx(2.4 / 1.1 - 1)}
     assert noise_floor_of(first, second) == pytest.approx(expected)
 

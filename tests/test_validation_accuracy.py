@@ -185,15 +185,27 @@ def test_capacity_is_judged_against_the_mean_of_repetitions(predicted: float, pa
     assert check.passed is passed
 
 
-def steps(predicted_s: list[float], *, unseen: bool = True) -> StepTimes:
+def steps(predicted_s: list[float], *, unseen: bool = True, refitted_s: float = 1.0) -> StepTimes:
     measured_s = np.ones(len(predicted_s))
-    return StepTimes("w1", unseen, measured_s, np.array(predicted_s), np.zeros(1, dtype=np.bool_))
+    refitted = np.full(len(predicted_s), refitted_s)
+    prefill = np.zeros(1, dtype=np.bool_)
+    return StepTimes("w1", unseen, measured_s, np.array(predicted_s), refitted, prefill)
 
 
 def test_step_errors_that_cancel_leave_the_total_alone() -> None:
     errors = step_errors(steps([1.2, 0.8]))
     assert (errors.mape, errors.total) == pytest.approx((0.2, 0.0))
     assert [check.passed for check in step_checks([errors], FULL)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("refitted_s", "limit"), [(1.1, 0.12), (1.12, pytest.approx(0.132)), (1.3, 0.15)]
+)
+def test_steps_that_scatter_around_any_profile_may_be_off_by_little_more(
+    refitted_s: float, limit: float
+) -> None:
+    check, _ = step_checks([step_errors(steps([1.0], refitted_s=refitted_s))], FULL)
+    assert check.limit == limit
 
 
 def test_steps_that_were_fitted_are_not_judged() -> None:

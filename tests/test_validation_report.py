@@ -93,7 +93,7 @@ def step_times(decode: float, worker: str = "w1", *, unseen: bool = True) -> Ste
     prefill = rng.random(400) < 0.3
     measured_s = np.where(prefill, 0.2, 0.03) * rng.lognormal(0, 0.3, 400)
     predicted_s = measured_s * rng.normal(1, 0.03, 400) * np.where(prefill, 1.0, decode)
-    return StepTimes(worker, unseen, measured_s, predicted_s, prefill)
+    return StepTimes(worker, unseen, measured_s, predicted_s, measured_s, prefill)
 
 
 def report(decode: float = 1.0, **other: Any) -> Report:

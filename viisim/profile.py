@@ -173,7 +173,7 @@ class CalibratedRange(Strict):
 
 class ApiDelay(Strict):
     """What a client waits beyond the engine's steps: HTTP, tokenisation, and the pipes between
-    the API server and its engine; of requests that are alone.
+    the API server and its engine.
 
     The simulator adds it. `viisim worker` does not: it is an API server, with delays of its own.
     """

@@ -15,7 +15,7 @@ from viisim.cli.terminal import plain_table, show
 
 if TYPE_CHECKING:
     from runtime.cluster import Planned
-    from runtime.live_calibration import Measured, Overhead
+    from runtime.live_calibration import Measured
     from viisim.calibration.calibrate import Calibration, Options
     from viisim.config import Experiment, ReplicaConfig
     from viisim.profile import ApiDelay, Profile
@@ -49,6 +49,7 @@ class Live:
         return {
             "unseen_traffic": asdict(self.unseen),
             "host_overhead": asdict(measured.overhead),
+            "busy_delays": None if measured.busy is None else asdict(measured.busy),
             "noise_floor": dict(measured.noise_floor),
             "start_s": measured.start_s,
             "sweep_s": measured.sweep_s,
@@ -75,6 +76,11 @@ class Live:
             f"{1e6 * overhead.request_per_prompt_token_s:.1f} us a prompt token before them, "
             f"{1e3 * overhead.answer_s:.1f} ms after; {overhead.requests} requests, each alone"
         )
+        if (busy := measured.busy) is not None:
+            typer.echo(
+                f"while the engine is busy: {1e3 * busy.request_s:.1f} ms before them, "
+                f"{1e3 * busy.answer_s:.1f} ms after; {busy.requests} requests"
+            )
         typer.echo(
             f"{measured.folder}: {measured.sweep_s:.0f} s of sweep, {measured.total_s:.0f} s in all"
         )
@@ -112,7 +118,7 @@ def calibrated_live(
     done = calibrate(read_measurements([*measured.sweeps, *measured.traffic]), stated)
     notes = f"{done.profile.notes} {unseen}."
     # The engine as it ran, switches included; the fit knows numbers only.
-    update = {"engine": measured.engine, "api": _api(measured.overhead), "notes": notes}
+    update = {"engine": measured.engine, "api": _api(measured), "notes": notes}
     profile = done.profile.model_copy(update=update)
     return replace(done, profile=profile), Live(measured, unseen)
 
@@ -145,14 +151,17 @@ def _measured(
     return found[0]
 
 
-def _api(overhead: Overhead) -> ApiDelay:
+def _api(measured: Measured) -> ApiDelay:
+    """As it is under traffic, where that is known: engines that are scheduled are seldom idle."""
     from viisim.calibration.profile_parts import rounded
     from viisim.profile import ApiDelay
 
+    idle = measured.overhead
+    way = measured.busy or idle
     return ApiDelay(
-        request_s=rounded(overhead.request_s),
-        request_per_prompt_token_s=rounded(overhead.request_per_prompt_token_s),
-        answer_s=rounded(overhead.answer_s),
+        request_s=rounded(way.request_s),
+        request_per_prompt_token_s=rounded(idle.request_per_prompt_token_s),
+        answer_s=rounded(way.answer_s),
     )
 
 

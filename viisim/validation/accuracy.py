@@ -244,6 +244,8 @@ class StepTimes:
     """Whether the profile was fitted without any step of this recording."""
     measured_s: Floats
     predicted_s: Floats
+    refitted_s: Floats
+    """What a profile of the same form says that is fitted to these very steps."""
     with_prefill: NDArray[np.bool_]
 
 
@@ -256,6 +258,8 @@ class StepErrors:
     steps: int
     mape: float
     """Mean size of the relative error of a step."""
+    floor: float
+    """The same of a fit to these very steps: how much they scatter around any profile."""
     total: float
     """Relative error of the sum of all, signed."""
 
@@ -266,11 +270,15 @@ class StepErrors:
 
 def step_errors(times: StepTimes) -> StepErrors:
     """Of at least one step."""
-    relative = times.predicted_s / times.measured_s - 1
     return StepErrors(
         worker=times.worker,
         unseen=times.unseen,
         steps=times.measured_s.size,
-        mape=float(np.abs(relative).mean()),
+        mape=_mape(times.predicted_s, times.measured_s),
+        floor=_mape(times.refitted_s, times.measured_s),
         total=float(times.predicted_s.sum() / times.measured_s.sum() - 1),
     )
+
+
+def _mape(predicted: Floats, measured: Floats) -> float:
+    return float(np.abs(predicted / measured - 1).mean())

@@ -37,6 +37,9 @@ class AccuracyConfig(Located):
     """Fractions of the measured capacity."""
     repetitions: Annotated[int, Field(ge=2)] = 3
     """Of one list of requests a load; how they differ is the noise floor."""
+    capacity_runs: Count = 3
+    """Of the closed loop that finds the capacity: before each repetition, until there were as many.
+    The first decides the rates of the loads."""
     run_s: Positive = 45.0
     """How long requests arrive, in each run."""
 

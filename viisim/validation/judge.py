@@ -18,6 +18,7 @@ import numpy as np
 from policies.interface import ConfigChanged
 from policies.journal import Segment
 from policies.registry import PolicySpec
+from viisim.calibration.fit import fit_steps
 from viisim.calibration.own_records import read_steps
 from viisim.calibration.validate import predicted_s
 from viisim.capacity import work_rate_per_s
@@ -81,7 +82,7 @@ def judge(measured: Measured, command: str) -> Report:
     runs = [run for run in part.runs() if run.group not in (CAPACITY, WARM_UP)]
     capacity = _capacity(measured, part)
     loads = [
-        _load_run(measured, part, float(group), list(own), capacity.measured)
+        _load_run(measured, part, float(group), list(own))
         for group, own in groupby(sorted(runs, key=lambda run: float(run.group)), _group)
     ]
     accuracies = [compare(run) for run in loads]
@@ -110,7 +111,7 @@ def judge(measured: Measured, command: str) -> Report:
 
 _FILES = {
     "runs, and the requests of each": "accuracy/runs.jsonl, accuracy/load-*.requests.jsonl",
-    "capacity": "accuracy/capacity.requests.jsonl",
+    "capacity": "accuracy/capacity.*.requests.jsonl",
     "steps of the workers": "accuracy/steps/*.steps.jsonl",
     "ranking": "ranking/runs.jsonl, ranking/*.requests.jsonl",
     "decisions": "accuracy/journal/, ranking/journal/",
@@ -128,21 +129,20 @@ def _group(run: MeasuredRun) -> str:
 
 
 def _capacity(measured: Measured, part: Part) -> Capacity:
-    run = next(run for run in part.runs() if run.name == CAPACITY)
-    rows = part.requests(CAPACITY)
+    runs = [run for run in part.runs() if run.group == CAPACITY]
+    rows = [part.requests(run.name) for run in runs]
     return Capacity(
         of="two workers" if len(_ids(measured.accuracy)) == 2 else "all workers",
         unit="requests/s",
-        repetitions=(work_rate_per_s(work_columns(rows), CAPACITY),),
-        predicted=closed_loop_per_s(measured.accuracy, len(rows), run.seed),
+        repetitions=tuple(work_rate_per_s(work_columns(each), CAPACITY) for each in rows),
+        predicted=closed_loop_per_s(measured.accuracy, len(rows[0]), runs[0].seed),
     )
 
 
-def _load_run(
-    measured: Measured, part: Part, load: float, runs: Sequence[MeasuredRun], capacity_per_s: float
-) -> LoadRun:
+def _load_run(measured: Measured, part: Part, load: float, runs: Sequence[MeasuredRun]) -> LoadRun:
     """The repetitions of one load."""
     experiment, first = measured.accuracy, runs[0]
+    capacity_per_s = first.rate_per_s / load  # as it was when the rates were chosen
     answers = tuple(measured_answers(part, run, _ids(experiment)) for run in runs)
 
     def predicted(rate_per_s: float) -> Answers:
@@ -184,6 +184,7 @@ def _step_times(measured: Measured, part: Part, runs: Sequence[MeasuredRun]) -> 
                 unseen=True,  # the profile was fitted to an earlier start's
                 measured_s=log.duration_s,
                 predicted_s=predicted_s(log, replica.profile),
+                refitted_s=fit_steps([log]).predict(log),
                 with_prefill=log.prefill_tokens > 0,
             )
         )

@@ -27,32 +27,50 @@ from viisim.validation.predict import (
 async def measure_accuracy(
     config: AccuracyConfig, overrides: Sequence[str], part: Part, home: Home, say: Say
 ) -> None:
-    """Find the capacity, then send one list a load, several times; the loads take turns, so that
-    a machine that drifts does so under all of them. Raises InputError, as `deployed`."""
+    """Find the capacity, then send one list a load, several times; the loads, and the capacity
+    again, take turns, so that a machine that drifts does so under all. Raises InputError, as
+    `deployed`."""
     file = config.located(config.experiment)
     experiment = load_experiment(file, overrides)
     policy, seed = experiment.policy.spec, experiment.seeds[0]
     async with deployed(file, overrides, part, home, say) as served:
         await _warm_up(served, part, experiment)
-        users = users_of(experiment)
-        count = requests_of_capacity(experiment, config.run_s)
-        loop = closed_loop(experiment, users, count, seed)
-        await measured(served, part, PlannedRun(CAPACITY, CAPACITY, policy, seed, 0.0, 0.0), loop)
-        rate_per_s = work_rate_per_s(work_columns(part.requests(CAPACITY)), CAPACITY)
-        say(f"capacity: {rate_per_s:.3g} requests/s, {users} users, {count} requests")
-        runs = [
-            PlannedRun(
-                name=f"load-{load:g}.{repetition}",
-                group=f"{load:g}",
-                policy=policy,
-                seed=seed + 2 + index,
-                rate_per_s=load * rate_per_s,
-                run_s=config.run_s,
-            )
-            for repetition in range(config.repetitions)
-            for index, load in enumerate(config.loads)
-        ]
-        await _measure_all(served, part, [(run, experiment) for run in runs], say)
+        rate_per_s = await _capacity_per_s(config, experiment, served, part, 0, say)
+        for repetition in range(config.repetitions):
+            if 0 < repetition < config.capacity_runs:
+                await _capacity_per_s(config, experiment, served, part, repetition, say)
+            runs = [
+                PlannedRun(
+                    name=f"load-{load:g}.{repetition}",
+                    group=f"{load:g}",
+                    policy=policy,
+                    seed=seed + 2 + index,
+                    rate_per_s=load * rate_per_s,
+                    run_s=config.run_s,
+                )
+                for index, load in enumerate(config.loads)
+            ]
+            say(f"repetition {repetition + 1} of {config.repetitions}")
+            await _measure_all(served, part, [(run, experiment) for run in runs], say)
+
+
+async def _capacity_per_s(
+    config: AccuracyConfig,
+    experiment: Experiment,
+    served: Served,
+    part: Part,
+    repetition: int,
+    say: Say,
+) -> float:
+    """Requests a second of the closed loop, this time."""
+    users, seed = users_of(experiment), experiment.seeds[0]
+    count = requests_of_capacity(experiment, config.run_s)
+    name, policy = f"{CAPACITY}.{repetition}", experiment.policy.spec
+    run = PlannedRun(name, CAPACITY, policy, seed, 0.0, 0.0)
+    await measured(served, part, run, closed_loop(experiment, users, count, seed))
+    rate_per_s = work_rate_per_s(work_columns(part.requests(name)), name)
+    say(f"capacity: {rate_per_s:.3g} requests/s, {users} users, {count} requests")
+    return rate_per_s
 
 
 async def measure_ranking(

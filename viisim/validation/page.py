@@ -62,6 +62,9 @@ _HOW_TO_READ = """\
   that is more, up to 15%. Up to 0.9 of the capacity a load that is 1% off moves latency by far
   more, so there the load at which the simulator has the measured E2E counts as well. Beyond,
   queues grow for as long as the run lasts: latency is reported and not judged.
+- Steps scatter, on some machines more than on others. A profile fitted to the very steps that are
+  judged shows by how much; where that is most of the limit of a step's error, the limit is 1.1
+  times as much, up to 15%.
 - Answers and their tokens are counted and must be equal at every load.
 - In a ranking only pairs count whose measured difference is significant (95% interval, paired
   bootstrap). Regret is what one loses by taking the policy that the simulator has for best."""
@@ -270,11 +273,19 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
                 "no" if one.unseen else "yes",
                 f"{one.steps:,}",
                 f"{one.mape:.1%}",
+                f"{one.floor:.1%}",
                 f"{one.total:+.1%}",
             ]
             for one in report.steps
         ]
-        headings = ["worker", "fitted to it", "steps", "mean size of a step's error", "all steps"]
+        headings = [
+            "worker",
+            "fitted to it",
+            "steps",
+            "mean size of a step's error",
+            "of a fit to these very steps",
+            "all steps",
+        ]
         yield table(headings, rows)
 
 
