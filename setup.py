@@ -20,6 +20,8 @@ HOT_MODULES = [
     "viisim/engine/step_log.py",
     "viisim/engine/engine.py",
     "viisim/engine/replica.py",
+    "viisim/flight.py",
+    "viisim/transit.py",
     "viisim/simulation.py",
 ]
 BUILDS = {"build_ext", "bdist_wheel", "editable_wheel"}

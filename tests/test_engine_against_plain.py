@@ -117,7 +117,7 @@ class SecretOutputs(SteppedScheduler):
     """The engine, told that nobody's outputs can appear in a prompt."""
 
     def add(self, request: GoldenRequest) -> None:
-        super().add(replace(request, out_seg=None))  # type: ignore[arg-type]
+        super().add(replace(request, out_seg=None))  # type: ignore[arg-type]  # None: nobody's
 
 
 def eager(config: GoldenConfig) -> SteppedScheduler:

@@ -496,7 +496,7 @@ class SimulatedVllm:
             case "new":
                 self.config = argument
                 config = SimpleNamespace(**argument)
-                self.engine = SteppedScheduler(config)  # type: ignore[arg-type]
+                self.engine = SteppedScheduler(config)  # type: ignore[arg-type]  # as read from JSON
             case "configuration":
                 result = self.config
             case "add":
@@ -651,7 +651,7 @@ def test_two_traces_of_one_name_are_refused(tmp_path: Path) -> None:
 )
 def test_conform_says_which_argument_is_missing(options: dict[str, Path], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        conform(**options)  # type: ignore[arg-type]
+        conform(**options)  # type: ignore[arg-type]  # each option has its own type
 
 
 # --------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from viisim.kernel import Kernel
 from viisim.records import FaultCounts
 
 if TYPE_CHECKING:
-    from viisim.simulation import Flight
+    from viisim.flight import Flight
+    from viisim.transit import Transit
 
 HEALTH_EVERY_S = 5.0
 DOUBT_EVERY_S = 0.25
@@ -58,6 +59,8 @@ class FaultyCluster(Protocol):
 
     @property
     def kernel(self) -> Kernel: ...
+    @property
+    def transit(self) -> Transit: ...
     def find_replica(self, replica_id: str, draining: bool = True) -> Replica | None:
         """The replica if it is there; with `draining` False, None for one that drains."""
 
@@ -66,22 +69,6 @@ class FaultyCluster(Protocol):
 
     def hand_over(self, flight: Flight, replica_id: str) -> None:
         """The request has reached its replica, if not yet the engine."""
-
-    def delay(
-        self,
-        flight: Flight,
-        replica_id: str,
-        delay_ns: int,
-        arrive: Callable[[Flight, str], None],
-    ) -> None:
-        """Have `arrive(flight, replica_id)` called so much later, unless the attempt is over by
-        then."""
-
-    def hold(self, flight: Flight, replica_id: str) -> None:
-        """The request does not reach its replica before `release`."""
-
-    def release(self, replica_id: str) -> None:
-        """What was held back gets there."""
 
     def fail_underway(self, replica_id: str) -> None:
         """What is on the way to the replica fails."""
@@ -133,10 +120,10 @@ class FaultPlayer:
             case "refuse":
                 self._cluster.fail(flight, REFUSED, worker_fault=False)
             case "hang":
-                self._cluster.hold(flight, replica_id)
+                self._cluster.transit.hold(flight, replica_id)
             case "network_delay":
-                cluster = self._cluster
-                cluster.delay(flight, replica_id, _ns(fault.delay_s), cluster.hand_over)
+                arrive = self._cluster.hand_over
+                self._cluster.transit.delay(flight, replica_id, _ns(fault.delay_s), arrive)
             case _:
                 return True
         return False
@@ -201,7 +188,7 @@ class FaultPlayer:
             return  # gone, or it comes back at this moment
         if fault.kind == "hang":
             replica.release(now_ns)
-            self._cluster.release(fault.replica)
+            self._cluster.transit.release(fault.replica, self._cluster.hand_over)
         elif fault.kind in ("slow", "thermal"):
             self._slow_down(fault, replica, 1.0)
         if fault.replica in self._unready:

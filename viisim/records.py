@@ -6,7 +6,10 @@ fills numpy columns, metrics and plots read them, and parquet stores them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from struct import Struct
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,3 +127,19 @@ class SeedResult:
     """Of all devices of the cluster over the whole run, None where a draw is not known."""
     faults: FaultCounts | None = None
     """None for an experiment without faults."""
+
+
+class Columns:
+    """Rows of integers, `add(pack(...))`-ed one at a time, read as numpy columns."""
+
+    def __init__(self, columns: Mapping[str, type[np.generic]]) -> None:
+        self._types = columns
+        self._rows = bytearray()
+        self.add = self._rows.extend
+        self.pack = Struct(f"={len(columns)}q").pack
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """All rows, by column."""
+        table = np.frombuffer(self._rows, dtype=np.int64).reshape(-1, len(self._types))
+        columns = zip(self._types.items(), table.T, strict=True)
+        return {name: column.astype(kind) for (name, kind), column in columns}

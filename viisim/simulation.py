@@ -7,12 +7,11 @@ nothing else differs. Simulated time is integer nanoseconds from 0; the core is 
 from __future__ import annotations
 
 import gc
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
-from struct import Struct
 from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -49,9 +48,9 @@ from viisim.engine.replica import (
     Replica,
 )
 from viisim.engine.scheduler import SchedulerSettings
-from viisim.engine.sequence import Sequence as EngineSequence
 from viisim.engine.step_time import StepTime
 from viisim.fault_player import BROKEN, FaultPlan, FaultPlayer
+from viisim.flight import Flight
 from viisim.kernel import Kernel
 from viisim.records import (
     FINISHED,
@@ -60,10 +59,12 @@ from viisim.records import (
     SAMPLE_COLUMNS,
     SHED,
     UNFINISHED,
+    Columns,
     ReplicaTotals,
     SeedResult,
 )
 from viisim.step_costs import ApiServer
+from viisim.transit import Transit
 from viisim.workload.request import Request
 
 NS_PER_S = 10**9
@@ -103,54 +104,6 @@ class Journal(Protocol):
 
     def record(self, event: Event, actions: Sequence[Action]) -> None:
         """Note one handled event."""
-
-
-class Flight(EngineSequence):
-    """A request between its arrival and its end: the sequence that its engine computes, and
-    what the records want to know. A new one stands for every attempt but the first."""
-
-    __slots__ = (
-        "attempt",
-        "dispatched_ns",
-        "failed",
-        "index",
-        "over",
-        "replica",
-        "request",
-        "withdrawn",
-    )
-
-    def __init__(self, index: int, request: Request) -> None:
-        view = request.view
-        super().__init__(
-            view.id,
-            request.prompt,
-            view.prompt_tokens,
-            request.output_tokens,
-            request.output_segment,
-        )
-        self.index = index
-        self.request = request
-        self.attempt = 0
-        self.dispatched_ns = -1
-        self.replica: Replica | None = None
-        """Where it is; None until the engine has it."""
-        self.withdrawn = False
-        """A Preempt was issued, or the attempt failed: nothing that it still does reaches the
-        client."""
-        self.over = False
-        """The core has been told that the attempt was cancelled or failed."""
-        self.failed = False
-
-    def lose_answer(self, now_ns: int) -> None:
-        """What of its answer is still on the way to the client never gets there."""
-        if self.first_token_ns > now_ns:
-            self.first_token_ns = -1
-
-    @property
-    def shown(self) -> bool:
-        """Whether the client has seen a byte of a stream that is not whole yet."""
-        return self.request.view.streamed and self.first_token_ns >= 0
 
 
 class _Life:
@@ -221,14 +174,7 @@ class Simulation:
         self._tenants: dict[str, int] = {}
         self._flights: dict[str, Flight] = {}
         self._retiring: set[str] = set()
-        self._underway: dict[str, dict[Flight, bool]] = defaultdict(dict)
-        """By replica: attempts on the way to its engine, and whether a fault keeps them there
-        until `release`."""
-        self._late: dict[int, tuple[Flight, str, Callable[[Flight, str], None]]] = {}
-        """Of those, the ones whose time of arrival is known, and what is next then; by the
-        kernel's number, as the following."""
-        self._answers: dict[int, tuple[Replica, list[Flight], list[Flight]]] = {}
-        """What steps have yielded and clients do not have yet: first tokens, whole answers."""
+        self.transit = Transit(self.kernel, self._show, self._let_go)
         self._pending: list[Event] = []
         self._delivering = False
         self._timer_ns: int | None = None
@@ -236,8 +182,8 @@ class Simulation:
         self._idle_since_ns = 0
         self._scraped: deque[list[tuple[str, float, int, int, float]]] = deque()
         """Scrapes on their way to the core."""
-        self._rows = _Columns(REQUEST_COLUMNS)
-        self._samples = _Columns(SAMPLE_COLUMNS)
+        self._rows = Columns(REQUEST_COLUMNS)
+        self._samples = Columns(SAMPLE_COLUMNS)
 
     # -- running --
 
@@ -353,14 +299,8 @@ class Simulation:
             if not flight.withdrawn:
                 flight.first_token_ns = when_ns
         if first_tokens or ended:
-            number = self.kernel.call_at(when_ns, DELIVERY, self._reach_client)
-            self._answers[number] = (replica, first_tokens, list(ended))
+            self.transit.answer(replica, when_ns, first_tokens, list(ended))
         self._tidy(replica)
-
-    def _reach_client(self, now_ns: int, number: int) -> None:
-        replica, first_tokens, ended = self._answers.pop(number)
-        self._show(first_tokens, ended, now_ns)
-        self.let_go(replica.id)
 
     def _show(
         self, first_tokens: Collection[Flight], ended: Collection[Flight], now_ns: int
@@ -517,63 +457,19 @@ class Simulation:
 
     def _is_awaited(self, replica: Replica) -> bool:
         """Whether requests, or answers, are between clients and its engine."""
-        if self._faults is not None and self._faults.detains(replica.id):
-            return True
-        answering = [answering for answering, _, _ in self._answers.values()]
-        return bool(self._underway.get(replica.id)) or replica in answering
+        is_detained = self._faults is not None and self._faults.detains(replica.id)
+        return is_detained or self.transit.has(replica)
 
-    # -- on the way to an engine; for faults, too: see `FaultyCluster` --
+    # -- on the way to an engine --
 
     def hand_over(self, flight: Flight, replica_id: str) -> None:
         """The request has reached its replica, if not yet the engine."""
         api = self._apis.get(replica_id)
         delay_ns = 0 if api is None else api.reads_ns(flight.prompt_tokens)
         if delay_ns:
-            self.delay(flight, replica_id, delay_ns, self._enter)
+            self.transit.delay(flight, replica_id, delay_ns, self._enter)
         else:
             self._enter(flight, replica_id)
-
-    def delay(
-        self,
-        flight: Flight,
-        replica_id: str,
-        delay_ns: int,
-        arrive: Callable[[Flight, str], None],
-    ) -> None:
-        """Have `arrive(flight, replica_id)` called so much later, unless the attempt is over by
-        then."""
-        self._underway[replica_id][flight] = False
-        number = self.kernel.call_at(self.kernel.now + delay_ns, DELIVERY, self._reach)
-        self._late[number] = (flight, replica_id, arrive)
-
-    def hold(self, flight: Flight, replica_id: str) -> None:
-        """The request does not reach its replica before `release`."""
-        self._underway[replica_id][flight] = True
-
-    def release(self, replica_id: str) -> None:
-        """What was held back gets there."""
-        for flight, is_held in list(self._underway[replica_id].items()):
-            if is_held:
-                self._arrive_at(replica_id, flight, self.hand_over)
-        self.let_go(replica_id)
-
-    def fail_underway(self, replica_id: str) -> None:
-        """What is on the way to the replica fails."""
-        for flight in self._underway.pop(replica_id, {}):
-            self.fail(flight, BROKEN)
-
-    def _reach(self, now_ns: int, number: int) -> None:
-        flight, replica_id, arrive = self._late.pop(number)
-        self._arrive_at(replica_id, flight, arrive)
-        self.let_go(replica_id)
-
-    def _arrive_at(
-        self, replica_id: str, flight: Flight, arrive: Callable[[Flight, str], None]
-    ) -> None:
-        """It has got there, unless it was called off, or failed on the way."""
-        self._underway[replica_id].pop(flight, None)
-        if not flight.over:
-            arrive(flight, replica_id)
 
     def _enter(self, flight: Flight, replica_id: str) -> None:
         """The API server passes the request on to the engine, or refuses it."""
@@ -622,13 +518,18 @@ class Simulation:
         self._loading[number] = next(spec for spec in self._specs if spec.id == replica.id)
         self.fail_underway(replica.id)
 
+    def fail_underway(self, replica_id: str) -> None:
+        """What is on the way to the replica fails."""
+        for flight in self.transit.lose(replica_id):
+            self.fail(flight, BROKEN)
+
     def set_up(self, replica_id: str, is_up: bool) -> None:
         """The core learns that the replica takes requests, or takes none."""
         state = "ready" if is_up else "starting"
         if replica_id not in self._retiring:
             self._deliver(ReplicaChanged(self._now_s, replica_id, state))
 
-    def let_go(self, replica_id: str) -> None:
+    def _let_go(self, replica_id: str) -> None:
         """Something is no longer on its way to the replica or from it; one that drains may go."""
         if replica_id in self._retiring:
             self._retire_if_empty(replica_id)
@@ -672,7 +573,7 @@ class Simulation:
                 life.replica.engine.catch_up(self.kernel.now)
         for flight in list(self._flights.values()):
             flight.lose_answer(self.kernel.now)
-            self._record(flight, UNFINISHED, _outputs_so_far(flight))
+            self._record(flight, UNFINISHED, flight.outputs_so_far)
         requests = self._rows.arrays()
         order = np.argsort(requests["request"], kind="stable")
         return SeedResult(
@@ -698,22 +599,6 @@ _PERFORM: Mapping[type, Callable[[Simulation, Any], None]] = {
 }
 
 
-class _Columns:
-    """Rows of integers, `add(pack(...))`-ed one at a time, read as numpy columns."""
-
-    def __init__(self, columns: Mapping[str, type[np.generic]]) -> None:
-        self._types = columns
-        self._rows = bytearray()
-        self.add = self._rows.extend
-        self.pack = Struct(f"={len(columns)}q").pack
-
-    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """All rows, by column."""
-        table = np.frombuffer(self._rows, dtype=np.int64).reshape(-1, len(self._types))
-        columns = zip(self._types.items(), table.T, strict=True)
-        return {name: column.astype(kind) for (name, kind), column in columns}
-
-
 def _ready(spec: ReplicaSpec, now_s: float) -> ReplicaChanged:
     settings = spec.settings
     return ReplicaChanged(
@@ -727,12 +612,6 @@ def _ready(spec: ReplicaSpec, now_s: float) -> ReplicaChanged:
         settings.block_tokens,
         spec.step_costs,
     )
-
-
-def _outputs_so_far(flight: Flight) -> int:
-    if flight.replica is None:
-        return 0
-    return flight.replica.engine.scheduler.tokens_of(flight) - flight.prompt_tokens
 
 
 def _totals(life: _Life) -> ReplicaTotals:
