@@ -30,6 +30,7 @@ from runtime.cluster import Planned, client_of
 from runtime.commands import WorkerCommand, command_of
 from runtime.http_worker import HttpWorker
 from runtime.live_delays import BusyDelays, Overhead, busy_delays_of, overhead_of
+from runtime.live_front import fronted
 from runtime.live_sweep import Chain, Phase, decode_sizes, sweep, traffic
 from runtime.load import LoadClient, Record
 from runtime.processes import Home, WorkerProcess
@@ -170,11 +171,11 @@ async def _running(
 
 @asynccontextmanager
 async def _busy(replica: Planned, cards: Sequence[int], home: Home) -> AsyncIterator[None]:
-    """Another worker of the machine, under traffic meanwhile."""
+    """Another worker of the machine, behind the proxy and under traffic meanwhile."""
     settings = replica.entry.engine.resolve(replica.entry.load_profile())
     steps = home.folder / f"{replica.id}.beside.jsonl"
-    async with _running(replica, cards, home, steps, replica.id):
-        task = asyncio.create_task(_keep_busy(replica, settings))
+    async with _running(replica, cards, home, steps, replica.id), fronted(replica, home) as url:
+        task = asyncio.create_task(_keep_busy(url, replica.entry.model, settings))
         try:
             yield
         finally:
@@ -183,10 +184,10 @@ async def _busy(replica: Planned, cards: Sequence[int], home: Home) -> AsyncIter
                 await task
 
 
-async def _keep_busy(replica: Planned, settings: EngineSettings) -> None:
+async def _keep_busy(url: str, model: str, settings: EngineSettings) -> None:
     while True:
         for phase in traffic(settings):
-            await _send(replica.url, replica.entry.model, "beside", phase)
+            await _send(url, model, "beside", phase)
 
 
 def _remove(file: Path) -> None:
@@ -229,16 +230,17 @@ async def measure(
     home: Home,
     *,
     steps: Path | None = None,
-    beside: Sequence[tuple[Planned, Sequence[int]]] = (),
+    beside: Sequence[tuple[Planned, Sequence[int]]] | None = None,
     settle_s: float = _SETTLE_S,
     say: Callable[[str], None] = lambda line: None,
 ) -> Measured:
     """Send everything to the replica's worker, and leave what it showed in the home's folder.
 
-    `steps` is the file of a server that runs already. Workers `beside` it, with their cards, have
-    traffic of their own meanwhile: what they take from each other (caches, memory bandwidth,
-    power) is then in the measurement. Raises InputError for a worker that does not start, refuses
-    a request or records nothing.
+    `steps` is the file of a server that runs already. With `beside` the worker is measured as it
+    is deployed: behind viisim's proxy, and beside these workers, given with their cards, which
+    have traffic of their own meanwhile. What all of them take from each other (cores, caches,
+    memory bandwidth, power) is then in the measurement. Raises InputError for a worker that does
+    not start, refuses a request or records nothing.
     """
     file = steps_path(replica, home.folder, steps)
     settings = replica.entry.engine.resolve(replica.entry.load_profile())
@@ -246,11 +248,14 @@ async def measure(
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(_running(replica, cards, home, file))
         start_s = time.monotonic() - begun_s
-        for other, own in beside:
-            await stack.enter_async_context(_busy(other, own, home))
+        url = replica.url
+        if beside is not None:
+            url = await stack.enter_async_context(fronted(replica, home))
+            for other, own in beside:
+                await stack.enter_async_context(_busy(other, own, home))
         engine = await engine_of(worker, settings)
         say(f"{replica.id} is ready after {start_s:.0f} s: vLLM {engine.version}")
-        sent = await _send_all(replica.url, replica.entry.model, engine, say)
+        sent = await _send_all(url, replica.entry.model, engine, say)
         await asyncio.sleep(settle_s)
         rows = _rows(file, sent[0].begin_s)
     _write_requests(home.folder / "requests.jsonl", sent)

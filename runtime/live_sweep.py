@@ -114,14 +114,22 @@ def _log_uniform(
 
 
 def _decodes(engine: EngineSettings, size: int) -> Iterator[Phase]:
-    """So many sequences decoding at once, at short contexts and at the longest that fit."""
+    """So many sequences decoding at once, at short contexts and at longer ones, up to the longest
+    that fit."""
     longest = _longest(engine, size)
     lengths = (SHORT_TOKENS, longest) if longest >= 2 * SHORT_TOKENS else (SHORT_TOKENS,)
     for prompt in lengths:
         # The first prompt's sequence must still decode when the last prompt has been computed.
         ramp = -(-size * prompt // _beside(engine, size))
-        chains = ((Ask(prompt, _DECODE_STEPS + ramp),),) * size
-        yield Phase(f"decode {size} x {prompt}", chains)
+        asks = (Ask(own, _DECODE_STEPS + ramp) for own in _ragged(prompt, size))
+        yield Phase(f"decode {size} x {prompt}", tuple((ask,) for ask in asks))
+
+
+def _ragged(longest: int, size: int) -> list[int]:
+    """So many prompts, from the longest down to a third of it. Sequences of one length decode
+    faster: vLLM's CPU workers by 6 % at sixteen. In traffic no two are alike."""
+    least = max(SHORT_TOKENS, longest // 3)
+    return [longest - (longest - least) * index // max(1, size - 1) for index in range(size)]
 
 
 def _mixed(engine: EngineSettings, size: int) -> Iterator[Phase]:

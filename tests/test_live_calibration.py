@@ -83,6 +83,14 @@ def test_each_size_decodes_at_a_short_and_a_long_context(engine: EngineSettings)
 
 
 @ENGINES
+def test_sequences_that_decode_together_at_length_are_not_alike(engine: EngineSettings) -> None:
+    for phase in sweep(engine):
+        prompts = [chain[0].prompt_tokens for chain in phase.chains]
+        if phase.name.startswith("decode") and prompts[0] > 48 and len(prompts) > 1:
+            assert prompts[0] >= 2 * prompts[-1]
+
+
+@ENGINES
 def test_all_sequences_of_a_size_decode_together_for_many_steps(engine: EngineSettings) -> None:
     for size, prompt, outputs in decodes(engine):
         ramp = size * prompt / (engine.max_num_batched_tokens - size)
@@ -289,6 +297,21 @@ class TestAgainstAStub:
         lines = (stubbed[0] / "p_live/requests.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         assert {row["part"] for row in rows} >= {"sweep-1", "sweep-2", "traffic-1", "traffic-2"}
+
+
+def test_as_deployed_a_worker_is_behind_a_proxy_and_beside_the_others(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests/stub_recording_vllm.py")]
+    content = experiment(kind="vllm", command=command)
+    content["cluster"]["replicas"][0]["count"] = 2
+    (tmp_path / "live.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    out = tmp_path / "p.yaml"
+    done = calibrate("--live", str(tmp_path / "live.yaml"), "-o", str(out), "--as-deployed")
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "p_live"
+    sent = len((folder / "requests.jsonl").read_text().splitlines())
+    (journal,) = (folder / "r0.front.journal").glob("*.jsonl")
+    assert journal.read_text().count('"event":"Finished"') == sent
+    assert (folder / "r1.beside.jsonl").stat().st_size
 
 
 @pytest.mark.skipif(not VLLM, reason="$VIISIM_VLLM names no folder with vLLM in it")

@@ -50,6 +50,14 @@ def calibrate(
             metavar="FILE", help="With --live and a worker of kind url: where it records its steps."
         ),
     ] = None,
+    as_deployed: Annotated[
+        bool,
+        typer.Option(
+            "--as-deployed",
+            help="With --live: measure behind viisim's proxy and beside the experiment's other "
+            "workers, under traffic, because they share cores.",
+        ),
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="Name of the device in the profile: radeon_vii.")
     ] = None,
@@ -117,6 +125,7 @@ def calibrate(
             options,
             lambda line: typer.echo(line, err=as_json),
             steps=steps,
+            as_deployed=as_deployed,
         )
     else:
         done = fit([first_of(run, first) for run in read_measurements(files or [], only)], options)

@@ -94,14 +94,14 @@ def calibrated_live(
     *,
     replica_id: str | None = None,
     steps: Path | None = None,
-    beside: bool = False,
+    as_deployed: bool = False,
 ) -> tuple[Calibration, Live]:
     """Measure the worker of one replica, of the first if none is named; fit its sweeps, judge that
     fit by traffic that it has not seen, then fit all. What was measured stays in `folder`.
 
-    `steps`, and workers `beside`, which are all the others of the experiment: see
-    `runtime.live_calibration.measure`. Raises InputError, too, for a worker that cannot be
-    measured. `say` is told what happens, a line each.
+    `steps` is for a server that runs already. `as_deployed` is behind viisim's proxy, and beside
+    all other workers of the experiment: see `runtime.live_calibration.measure`. Raises InputError,
+    too, for a worker that cannot be measured. `say` is told what happens, a line each.
     """
     from runtime.cluster import planned
     from viisim.calibration.calibrate import calibrate
@@ -109,7 +109,7 @@ def calibrated_live(
 
     replicas = planned(experiment)
     replica = next(one for one in replicas if replica_id in (None, one.id))
-    others = [one for one in replicas if beside and one is not replica]
+    others = [one for one in replicas if one is not replica] if as_deployed else None
     measured = _measured(experiment, replica, others, steps, folder, say)
     stated = _stated(options, replica.entry, measured)
     swept = calibrate(read_measurements(measured.sweeps), stated)
@@ -126,7 +126,7 @@ def calibrated_live(
 def _measured(
     experiment: Experiment,
     replica: Planned,
-    others: Sequence[Planned],
+    others: Sequence[Planned] | None,
     steps: Path | None,
     folder: Path,
     say: Callable[[str], None],
@@ -137,7 +137,7 @@ def _measured(
     from runtime.serve import run
 
     cards = cards_of(experiment)
-    beside = [(one, cards.get(one.id, ())) for one in others]
+    beside = None if others is None else [(one, cards.get(one.id, ())) for one in others]
     found: list[Measured] = []
 
     async def main() -> None:

@@ -183,8 +183,9 @@ def machine() -> str:
 
 
 def _calibrate(experiment: Experiment, replica_id: str, label: str, out: Path, say: Say) -> None:
-    """Fit the profile of one worker, which is started for that and ended, beside the others of its
-    experiment: what they take from each other on one machine belongs to its step times."""
+    """Fit the profile of one worker, which is started for that and ended, as it is deployed: behind
+    the proxy, and beside the others of its experiment. What they take from each other on one
+    machine belongs to its step times."""
     from viisim.calibration.calibrate import Options
     from viisim.calibration.profile_file import write_profile
     from viisim.cli.calibrate_live import calibrated_live
@@ -198,7 +199,7 @@ def _calibrate(experiment: Experiment, replica_id: str, label: str, out: Path, s
         Options(model=label),
         say,
         replica_id=replica_id,
-        beside=True,
+        as_deployed=True,
     )
     write_profile(
         done.profile, out, [f"Made by viisim validate --live: {experiment.name}, {label}"]

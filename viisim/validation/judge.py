@@ -338,4 +338,7 @@ def _calibration(measured: Measured) -> Iterator[Stated]:
         for what, share in shares.items():
             yield Stated(f"{label}: {what}", 100 * share, "%")
         delay_s = summary["host_overhead"]["p50_s"]
-        yield Stated(f"{label}: way to the engine and back, median", 1e3 * delay_s, "ms")
+        yield Stated(f"{label}: way to an idle engine and back, median", 1e3 * delay_s, "ms")
+        if (busy := summary["busy_delays"]) is not None:
+            yield Stated(f"{label}: way to a busy engine", 1e3 * busy["request_s"], "ms")
+            yield Stated(f"{label}: way back from it", 1e3 * busy["answer_s"], "ms")

@@ -259,12 +259,13 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
             [
                 one.of,
                 f"{number(one.measured)} {one.unit}",
+                ", ".join(map(number, one.repetitions)),
                 number(one.predicted),
                 f"{one.error:+.1%}",
             ]
             for one in report.capacities
         ]
-        yield table(["", "measured", "predicted", "error"], rows)
+        yield table(["", "measured", "each time", "predicted", "error"], rows)
     if report.steps:
         yield "## Step times"
         rows = [
