@@ -31,7 +31,7 @@ seed, and the one with the most goodput goes on. `vllm-router:power_of_two` in -
 instead.
 
 With 45 s a run, 5 seeds, and 8 policies to try, it takes about half an hour; --profiles has each
-worker measured first where its profile is missing, about five minutes each. --quick takes a minute
+worker measured first where its profile is missing, five to ten minutes each. --quick takes a minute
 or two and shows that everything works, no more. Logs, and each run's records, stay in --state.
 """
 
@@ -660,26 +660,30 @@ def rate_of(experiment: Experiment, load: float | None) -> float:
 
 def measured(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The experiment with profiles of the workers as they run here: those in the folder, and where
-    one is missing, `viisim calibrate --live` makes it. Equal workers have one."""
+    one is missing, `viisim calibrate --live --as-deployed` makes it. Equal workers have one."""
     folder.mkdir(parents=True, exist_ok=True)
     changed = deepcopy(data)
     made: dict[str, str] = {}
-    for index, entry in enumerate(changed["cluster"]["replicas"]):
+    entries = changed["cluster"]["replicas"]
+    for index, entry in enumerate(entries):
         kind = json.dumps(entry, sort_keys=True)
         if kind not in made:
             profile = folder.resolve() / f"r{index}.yaml"
             if not profile.exists():
-                alone = {**data, "cluster": {**data["cluster"], "replicas": [entry]}}
-                _calibrate(alone, profile)
+                others = [other for other in entries if other is not entry]
+                cluster = {**data["cluster"], "replicas": [entry, *others]}
+                _calibrate({**data, "cluster": cluster}, profile)
             made[kind] = str(profile)
         entry["profile"] = made[kind]
     return changed
 
 
-def _calibrate(alone: Mapping[str, Any], profile: Path) -> None:
+def _calibrate(data: Mapping[str, Any], profile: Path) -> None:
+    """Of the first worker, beside the others."""
     file = profile.with_name(f"{profile.stem}_experiment.yaml")
-    file.write_text(yaml.safe_dump(dict(alone), sort_keys=False))
+    file.write_text(yaml.safe_dump(dict(data), sort_keys=False))
     command = [sys.executable, "-m", "viisim", "calibrate", "--live", str(file), "-o", str(profile)]
+    command.append("--as-deployed")
     if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
         raise InputError(f"{profile}: the worker could not be measured; see above")
 
