@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from viisim.validation.accuracy import (
     Accuracy,
     Capacity,
     LoadRun,
-    StepTimes,
     compare,
     load_at_equal_e2e,
-    step_errors,
 )
-from viisim.validation.answers import Answers, between_tokens_s
+from viisim.validation.answers import Answers, Floats, between_tokens_s
 from viisim.validation.limits import (
     FULL,
     QUICK,
@@ -25,6 +25,7 @@ from viisim.validation.limits import (
     load_checks,
     step_checks,
 )
+from viisim.validation.steps import StepTimes, shared_drift, step_errors
 
 TOKENS = np.array([1, 11, 21, 31])
 
@@ -185,11 +186,14 @@ def test_capacity_is_judged_against_the_mean_of_repetitions(predicted: float, pa
     assert check.passed is passed
 
 
-def steps(predicted_s: list[float], *, unseen: bool = True, refitted_s: float = 1.0) -> StepTimes:
-    measured_s = np.ones(len(predicted_s))
-    refitted = np.full(len(predicted_s), refitted_s)
-    prefill = np.zeros(1, dtype=np.bool_)
-    return StepTimes("w1", unseen, measured_s, np.array(predicted_s), refitted, prefill)
+def steps(
+    predicted_s: list[float], *, unseen: bool = True, refitted_s: Floats | None = None
+) -> StepTimes:
+    """Of a second each, one after the other."""
+    ones = np.ones(len(predicted_s))
+    refitted = ones if refitted_s is None else refitted_s
+    start_s, prefill = np.arange(len(ones), dtype=float), np.zeros(len(ones), dtype=np.bool_)
+    return StepTimes("w1", unseen, start_s, ones, np.array(predicted_s), refitted, prefill)
 
 
 def test_step_errors_that_cancel_leave_the_total_alone() -> None:
@@ -198,14 +202,46 @@ def test_step_errors_that_cancel_leave_the_total_alone() -> None:
     assert [check.passed for check in step_checks([errors], FULL)] == [False, True]
 
 
-@pytest.mark.parametrize(
-    ("refitted_s", "limit"), [(1.1, 0.12), (1.12, pytest.approx(0.132)), (1.3, 0.15)]
-)
-def test_steps_that_scatter_around_any_profile_may_be_off_by_little_more(
-    refitted_s: float, limit: float
-) -> None:
-    check, _ = step_checks([step_errors(steps([1.0], refitted_s=refitted_s))], FULL)
-    assert check.limit == limit
+def test_the_limit_of_a_steps_error_is_the_same_however_much_they_scatter() -> None:
+    scattered = np.array([0.5, 1.0, 2.0])
+    check, _ = step_checks([step_errors(steps([1.2, 1.2, 1.2], refitted_s=scattered))], FULL)
+    assert (check.limit, check.passed) == (0.12, False)
+
+
+@given(st.lists(st.floats(0.2, 5.0), min_size=1, max_size=40))
+def test_no_scale_of_a_refit_has_a_smaller_error_than_the_one_reported(ratios: list[float]) -> None:
+    refitted_s = np.array(ratios)
+    least = step_errors(steps(ratios, refitted_s=refitted_s)).refitted_mape
+    scales = np.concatenate([1 / refitted_s, np.linspace(0.1, 5.0, 50)])
+    assert least <= min(np.abs(scale * refitted_s - 1).mean() for scale in scales) + 1e-12
+
+
+def drifting(seed: int, shared: float) -> StepTimes:
+    """Two minutes of ten steps a second, in spans that are slow or fast for all workers."""
+    start_s = np.arange(0.0, 120.0, 0.1)
+    common = shared * np.random.default_rng(0).normal(0, 0.1, 12)[(start_s // 10).astype(int)]
+    own = np.random.default_rng(seed).normal(0, 0.1, len(start_s))
+    ones = np.ones(len(start_s))
+    prefill = np.zeros(len(start_s), dtype=np.bool_)
+    return StepTimes("w1", True, start_s, np.exp(common + own), ones, ones, prefill)
+
+
+def test_workers_on_a_machine_of_changing_speed_are_slow_at_once() -> None:
+    drift = shared_drift([drifting(1, 1.0), drifting(2, 1.0)])
+    assert drift is not None
+    assert drift > 0.8
+
+
+def test_workers_that_scatter_for_themselves_share_no_drift() -> None:
+    drift = shared_drift([drifting(1, 0.0), drifting(2, 0.0)])
+    assert drift is not None
+    assert abs(drift) < 0.5
+
+
+def test_one_worker_or_a_short_recording_shows_no_shared_drift() -> None:
+    short = steps([1.0] * 5)
+    assert shared_drift([drifting(1, 1.0)]) is None
+    assert shared_drift([short, short]) is None
 
 
 def test_steps_that_were_fitted_are_not_judged() -> None:

@@ -17,15 +17,14 @@ from viisim.validation.accuracy import (
     Capacity,
     Cpu,
     LoadRun,
-    StepTimes,
     compare,
-    step_errors,
 )
 from viisim.validation.answers import Answers, simulated_answers
 from viisim.validation.figures import draw
 from viisim.validation.limits import QUICK
 from viisim.validation.ranking import Figure, Ranking, rank
 from viisim.validation.report import Parity, Report, Setup, Stated, Worker
+from viisim.validation.steps import StepTimes, step_errors
 
 EXPERIMENT = {
     "name": "small",
@@ -93,7 +92,8 @@ def step_times(decode: float, worker: str = "w1", *, unseen: bool = True) -> Ste
     prefill = rng.random(400) < 0.3
     measured_s = np.where(prefill, 0.2, 0.03) * rng.lognormal(0, 0.3, 400)
     predicted_s = measured_s * rng.normal(1, 0.03, 400) * np.where(prefill, 1.0, decode)
-    return StepTimes(worker, unseen, measured_s, predicted_s, measured_s, prefill)
+    start_s = np.cumsum(measured_s)
+    return StepTimes(worker, unseen, start_s, measured_s, predicted_s, measured_s, prefill)
 
 
 def report(decode: float = 1.0, **other: Any) -> Report:

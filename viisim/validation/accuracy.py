@@ -12,9 +12,8 @@ from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from viisim.validation.answers import LATENCIES, STATISTICS, Answers, Floats
+from viisim.validation.answers import LATENCIES, STATISTICS, Answers
 
 WHOLE = "all"
 """The statistic of a figure that a run has only one of."""
@@ -232,53 +231,3 @@ class Capacity:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {"measured": self.measured, "error": self.error}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepTimes:
-    """Recorded steps of one worker, and what the profile says of the same batches."""
-
-    worker: str
-    """As the report names it; with what is special of the recording, such as a fresh start."""
-    unseen: bool
-    """Whether the profile was fitted without any step of this recording."""
-    measured_s: Floats
-    predicted_s: Floats
-    refitted_s: Floats
-    """What a profile of the same form says that is fitted to these very steps."""
-    with_prefill: NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class StepErrors:
-    """How far the step times are off."""
-
-    worker: str
-    unseen: bool
-    steps: int
-    mape: float
-    """Mean size of the relative error of a step."""
-    floor: float
-    """The same of a fit to these very steps: how much they scatter around any profile."""
-    total: float
-    """Relative error of the sum of all, signed."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-def step_errors(times: StepTimes) -> StepErrors:
-    """Of at least one step."""
-    return StepErrors(
-        worker=times.worker,
-        unseen=times.unseen,
-        steps=times.measured_s.size,
-        mape=_mape(times.predicted_s, times.measured_s),
-        floor=_mape(times.refitted_s, times.measured_s),
-        total=float(times.predicted_s.sum() / times.measured_s.sum() - 1),
-    )
-
-
-def _mape(predicted: Floats, measured: Floats) -> float:
-    return float(np.abs(predicted / measured - 1).mean())

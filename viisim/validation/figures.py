@@ -25,8 +25,9 @@ from matplotlib.ticker import (
 from numpy.typing import NDArray
 
 from viisim.plots import BLUE, GREY, ORANGE, STYLE, save
-from viisim.validation.accuracy import METRICS, Accuracy, LoadRun, Row, StepTimes
+from viisim.validation.accuracy import METRICS, Accuracy, LoadRun, Row
 from viisim.validation.answers import LATENCIES, Answers
+from viisim.validation.steps import StepTimes
 
 _SHARES = np.linspace(0, 1, 401)
 """Quantiles of a curve: a pixel or two apart."""

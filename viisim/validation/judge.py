@@ -28,10 +28,8 @@ from viisim.validation.accuracy import (
     Capacity,
     Cpu,
     LoadRun,
-    StepTimes,
     compare,
     load_at_equal_e2e,
-    step_errors,
 )
 from viisim.validation.answers import Answers, simulated_answers
 from viisim.validation.config import RankedWorkload, ValidationConfig, label_of
@@ -55,6 +53,7 @@ from viisim.validation.predict import (
 )
 from viisim.validation.ranking import Figure, Ranking, rank
 from viisim.validation.report import Parity, Report, Setup, Stated, Worker
+from viisim.validation.steps import StepTimes, shared_drift, step_errors
 
 _NEAR_LOAD = 0.7
 """Above it, the load at equal E2E says more than latency."""
@@ -98,6 +97,7 @@ def judge(measured: Measured, command: str) -> Report:
         capacities=(capacity,),
         loads=tuple(accuracies),
         steps=tuple(step_errors(times) for times in steps),
+        step_drift=shared_drift(steps),
         rankings=rankings,
         parity=_parity(measured),
         cpu=ranking_cpu,
@@ -173,7 +173,7 @@ def _step_times(measured: Measured, part: Part, runs: Sequence[MeasuredRun]) -> 
     """What each worker computed meanwhile, and what its profile says of it."""
     found = []
     for replica in measured.accuracy.simulated_replicas():
-        rows = part.steps(replica.id, runs)
+        rows = [row for row in part.steps(replica.id, runs) if _has_work(row)]
         if not rows:  # it was sent nothing
             continue
         log = read_steps(rows, part.steps_file(replica.id), "").steps
@@ -182,6 +182,7 @@ def _step_times(measured: Measured, part: Part, runs: Sequence[MeasuredRun]) -> 
             StepTimes(
                 worker=replica.id,
                 unseen=True,  # the profile was fitted to an earlier start's
+                start_s=np.array([row["start_s"] for row in rows]),
                 measured_s=log.duration_s,
                 predicted_s=predicted_s(log, replica.profile),
                 refitted_s=fit_steps([log]).predict(log),
@@ -189,6 +190,10 @@ def _step_times(measured: Measured, part: Part, runs: Sequence[MeasuredRun]) -> 
             )
         )
     return found
+
+
+def _has_work(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("decode_seqs") or row.get("prefill_tokens"))
 
 
 def _ids(experiment: Experiment) -> list[str]:

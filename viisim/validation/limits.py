@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-from viisim.validation.accuracy import METRICS, Accuracy, Capacity, StepErrors
+from viisim.validation.accuracy import METRICS, Accuracy, Capacity
+from viisim.validation.steps import StepErrors
 
 Judged: TypeAlias = Literal["error", "size", "count"]
 
@@ -57,8 +58,7 @@ class Limits:
     throughput: float | None
     capacity: float | None
     step_mape: float | None
-    """Of unseen steps, as the next one. CPU steps scatter by 7 to 10 % (FACTS section 6), on some
-    machines by more: where a fit to the very steps leaves most of that..."""
+    """Of unseen steps, as the next one. Steps of CPUs scatter by 7 to 10 % (FACTS section 6)."""
     step_total: float | None
     source: str
     """Whose limits these are, in words."""
@@ -66,8 +66,6 @@ class Limits:
     """Limits of latency are as many times the workers' own difference, where that is more..."""
     noise_ceiling: float = 0.15
     """...but not more than this: noise is no excuse for any error."""
-    floor_factor: float = 1.1
-    """...the limit of a step's error is as many times what it leaves, up to the same ceiling."""
     low_load: float = 0.7
     near_load: float = 0.9
     judge_ranking: bool = True
@@ -80,13 +78,6 @@ class Limits:
         if self.noise_factor * noise <= self.noise_ceiling:
             return self.noise_factor * noise, f"{told}, not {limit:.0%}"
         return self.noise_ceiling, f"the most that counts of {told}, not {limit:.0%}"
-
-    def of_floor(self, limit: float, floor: float) -> tuple[float, str]:
-        """A limit of a step's error beside what no profile explains, and why it is that."""
-        allowed = min(self.floor_factor * floor, self.noise_ceiling)
-        if allowed <= limit:
-            return limit, self.source
-        return allowed, f"a fit to these very steps leaves {floor:.1%}, so not {limit:.0%}"
 
 
 FULL = Limits(
@@ -176,8 +167,8 @@ def step_checks(errors: Sequence[StepErrors], limits: Limits) -> Iterator[Check]
             continue
         if limits.step_mape is not None:
             what = f"mean size of a step's error on {one.worker}"
-            allowed, why = limits.of_floor(limits.step_mape, one.floor)
-            yield _check("step times", what, one.mape, allowed, why, "size")
+            why = f"{limits.source}; a fit to these very steps leaves {one.refitted_mape:.1%}"
+            yield _check("step times", what, one.mape, limits.step_mape, why, "size")
         if limits.step_total is not None:
             what = f"total step time on {one.worker}"
             yield _check("step times", what, one.total, limits.step_total, limits.source)

@@ -62,9 +62,10 @@ _HOW_TO_READ = """\
   that is more, up to 15%. Up to 0.9 of the capacity a load that is 1% off moves latency by far
   more, so there the load at which the simulator has the measured E2E counts as well. Beyond,
   queues grow for as long as the run lasts: latency is reported and not judged.
-- Steps scatter, on some machines more than on others. A profile fitted to the very steps that are
-  judged shows by how much; where that is most of the limit of a step's error, the limit is 1.1
-  times as much, up to 15%.
+- Steps scatter, on some machines more than on others. A profile of the same form, fitted to the
+  very steps that are judged and scaled as is best for them, still has the error that stands beside
+  the profile's own. Where what is left goes up and down with all workers at once (a correlation
+  near 1), it is the machine's speed, which no profile can know beforehand.
 - Answers and their tokens are counted and must be equal at every load.
 - In a ranking only pairs count whose measured difference is significant (95% interval, paired
   bootstrap). Regret is what one loses by taking the policy that the simulator has for best."""
@@ -274,7 +275,7 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
                 "no" if one.unseen else "yes",
                 f"{one.steps:,}",
                 f"{one.mape:.1%}",
-                f"{one.floor:.1%}",
+                f"{one.refitted_mape:.1%}",
                 f"{one.total:+.1%}",
             ]
             for one in report.steps
@@ -288,6 +289,11 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
             "all steps",
         ]
         yield table(headings, rows)
+    if report.step_drift is not None:
+        yield (
+            "What steps take beyond their work goes up and down with all workers at once: in spans "
+            f"of ten seconds its means correlate by {report.step_drift:.2f} between workers."
+        )
 
 
 def _parity(parity: Parity | None) -> Iterator[str]:

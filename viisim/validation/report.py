@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from viisim.validation.accuracy import Accuracy, Capacity, Cpu, StepErrors
+from viisim.validation.accuracy import Accuracy, Capacity, Cpu
 from viisim.validation.limits import (
     FULL,
     Check,
@@ -30,6 +30,7 @@ from viisim.validation.ranking import (
     Verdict,
     overall,
 )
+from viisim.validation.steps import StepErrors
 
 Outcome: TypeAlias = Literal["PASSED", "FAILED", "INCONCLUSIVE"]
 
@@ -100,6 +101,8 @@ class Report:
     capacities: tuple[Capacity, ...] = ()
     loads: tuple[Accuracy, ...] = ()
     steps: tuple[StepErrors, ...] = ()
+    step_drift: float | None = None
+    """How far workers' steps are slow and fast at once, as `shared_drift` says."""
     rankings: Mapping[str, Ranking]
     """By workload."""
     parity: Parity | None = None
@@ -182,6 +185,7 @@ class Report:
             "capacities": [one.to_dict() for one in self.capacities],
             "loads": [one.to_dict() for one in self.loads],
             "steps": [one.to_dict() for one in self.steps],
+            "step_drift": self.step_drift,
             "rankings": {name: one.to_dict() for name, one in self.rankings.items()},
             "ranking": self.ranking.to_dict() if self.ranking else None,
             "parity": asdict(self.parity) if self.parity else None,

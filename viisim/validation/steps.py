@@ -1,0 +1,106 @@
+"""Recorded engine steps beside the profile's: how far off one is, how far all, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from viisim.validation.answers import Floats
+
+_SPAN_S = 10.0
+"""Of the machine's moods: many steps, and several spans a run."""
+_FEWEST_STEPS = 20
+"""Of a worker in a span, or its mean says little."""
+_FEWEST_SPANS = 10
+"""Fewer show no correlation."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTimes:
+    """Recorded steps of one worker, and what the profile says of the same batches."""
+
+    worker: str
+    """As the report names it; with what is special of the recording, such as a fresh start."""
+    unseen: bool
+    """Whether the profile was fitted without any step of this recording."""
+    start_s: Floats
+    """On a clock that all workers of a machine share."""
+    measured_s: Floats
+    predicted_s: Floats
+    refitted_s: Floats
+    """What a profile of the same form says that is fitted to these very steps."""
+    with_prefill: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class StepErrors:
+    """How far the step times are off."""
+
+    worker: str
+    unseen: bool
+    steps: int
+    mape: float
+    """Mean size of the relative error of a step."""
+    refitted_mape: float
+    """The same of the fit to these very steps, scaled as is best for it: what they scatter by."""
+    total: float
+    """Relative error of the sum of all, signed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def step_errors(times: StepTimes) -> StepErrors:
+    """Of at least one step."""
+    return StepErrors(
+        worker=times.worker,
+        unseen=times.unseen,
+        steps=times.measured_s.size,
+        mape=_mape(times.predicted_s / times.measured_s),
+        refitted_mape=_least_mape(times.refitted_s / times.measured_s),
+        total=float(times.predicted_s.sum() / times.measured_s.sum() - 1),
+    )
+
+
+def _mape(ratios: Floats) -> float:
+    return float(np.abs(ratios - 1).mean())
+
+
+def _least_mape(ratios: Floats) -> float:
+    """With all predictions scaled by one factor. The best is the median of the factors that put
+    one step right, weighted by how much each ratio moves with it."""
+    order = np.argsort(1 / ratios)
+    weight = np.cumsum(ratios[order])
+    middle = order[np.searchsorted(weight, weight[-1] / 2)]
+    return _mape(ratios / ratios[middle])
+
+
+def shared_drift(recordings: Sequence[StepTimes]) -> float | None:
+    """Correlation of what workers' steps take beyond their work, in spans of ten seconds: near 1
+    where a machine makes the steps of all its workers slower and faster at once, near 0 where
+    each worker scatters for itself. Mean over pairs of workers; None where none has enough spans.
+    """
+    by_worker = [_means_by_span(times) for times in recordings]
+    found = []
+    for one, other in combinations(by_worker, 2):
+        shared = sorted(one.keys() & other.keys())
+        if len(shared) >= _FEWEST_SPANS:
+            own, others = ([means[span] for span in shared] for means in (one, other))
+            found.append(float(np.corrcoef(own, others)[0][1]))
+    return float(np.mean(found)) if found else None
+
+
+def _means_by_span(times: StepTimes) -> dict[float, float]:
+    excess = np.log(times.measured_s / times.refitted_s)
+    spans, which, steps = np.unique(
+        times.start_s // _SPAN_S, return_inverse=True, return_counts=True
+    )
+    means = np.bincount(which, excess) / steps
+    enough = steps >= _FEWEST_STEPS
+    return dict(zip(spans[enough].tolist(), means[enough].tolist(), strict=True))
