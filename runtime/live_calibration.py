@@ -87,7 +87,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sent:
+class Sent:
     """A phase, as it went."""
 
     part: str
@@ -148,7 +148,7 @@ def steps_path(replica: Planned, folder: Path, given: Path | None) -> Path:
 
 
 @asynccontextmanager
-async def _running(
+async def running(
     replica: Planned, cards: Sequence[int], home: Home, steps: Path, name: str = "worker"
 ) -> AsyncIterator[HttpWorker]:
     """The worker, ready; one that was started here has ended afterwards. `name` is of its log."""
@@ -174,7 +174,7 @@ async def _busy(replica: Planned, cards: Sequence[int], home: Home) -> AsyncIter
     """Another worker of the machine, behind the proxy and under traffic meanwhile."""
     settings = replica.entry.engine.resolve(replica.entry.load_profile())
     steps = home.folder / f"{replica.id}.beside.jsonl"
-    async with _running(replica, cards, home, steps, replica.id), fronted(replica, home) as url:
+    async with running(replica, cards, home, steps, replica.id), fronted(replica, home) as url:
         task = asyncio.create_task(_keep_busy(url, replica.entry.model, settings))
         try:
             yield
@@ -187,7 +187,7 @@ async def _busy(replica: Planned, cards: Sequence[int], home: Home) -> AsyncIter
 async def _keep_busy(url: str, model: str, settings: EngineSettings) -> None:
     while True:
         for phase in traffic(settings):
-            await _send(url, model, "beside", phase)
+            await send(url, model, "beside", phase)
 
 
 def _remove(file: Path) -> None:
@@ -246,7 +246,7 @@ async def measure(
     settings = replica.entry.engine.resolve(replica.entry.load_profile())
     begun_s = time.monotonic()
     async with AsyncExitStack() as stack:
-        worker = await stack.enter_async_context(_running(replica, cards, home, file))
+        worker = await stack.enter_async_context(running(replica, cards, home, file))
         start_s = time.monotonic() - begun_s
         url = replica.url
         if beside is not None:
@@ -283,7 +283,7 @@ async def measure(
 
 async def _send_all(
     url: str, model: str, engine: EngineSettings, say: Callable[[str], None]
-) -> list[_Sent]:
+) -> list[Sent]:
     """Warm up with the largest batches, which touch most of the memory, then send each part."""
     phases = sweep(engine)
     largest = [phase for phase in phases if len(phase.chains) == decode_sizes(engine)[-1]]
@@ -293,12 +293,12 @@ async def _send_all(
     for part in _PARTS:
         own = content[part]
         begun_s = time.monotonic()
-        sent += [await _send(url, model, part, phase) for phase in own]
+        sent += [await send(url, model, part, phase) for phase in own]
         say(f"{part}: {len(own)} phases in {time.monotonic() - begun_s:.1f} s")
     return sent
 
 
-async def _send(url: str, model: str, part: str, phase: Phase) -> _Sent:
+async def send(url: str, model: str, part: str, phase: Phase) -> Sent:
     """Send a phase and wait for all its answers. Raises InputError when one is an error."""
     begin_s = 0.0
 
@@ -317,7 +317,7 @@ async def _send(url: str, model: str, part: str, phase: Phase) -> _Sent:
                 f"({record.error}); look into the server's log"
             )
     await asyncio.sleep(_PAUSE_S)
-    return _Sent(part, phase.name, begin_s, time.monotonic(), records)
+    return Sent(part, phase.name, begin_s, time.monotonic(), records)
 
 
 def _turn(chain: Chain, number: int, model: str, mark: tuple[float, int], now_ns: int) -> Request:
@@ -347,24 +347,24 @@ def _rows(file: Path, since_s: float) -> list[Row]:
     return rows
 
 
-def _records(sent: Sequence[_Sent]) -> list[Record]:
+def _records(sent: Sequence[Sent]) -> list[Record]:
     """By the clock of the steps."""
     return [record for one in sent for record in one.records_by_steps_clock()]
 
 
-def _during(sent: Sequence[_Sent], rows: Sequence[Row]) -> Iterator[Row]:
+def _during(sent: Sequence[Sent], rows: Sequence[Row]) -> Iterator[Row]:
     for one in sent:
         yield from (row for row in rows if one.begin_s <= row["start_s"] < one.end_s)
 
 
-def _write_steps(folder: Path, part: str, sent: Sequence[_Sent], rows: Sequence[Row]) -> Path:
+def _write_steps(folder: Path, part: str, sent: Sequence[Sent], rows: Sequence[Row]) -> Path:
     path = folder / f"{part}.steps.jsonl"
     own = _during([one for one in sent if one.part == part], rows)
     path.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
     return path
 
 
-def _write_requests(path: Path, sent: Sequence[_Sent]) -> None:
+def _write_requests(path: Path, sent: Sequence[Sent]) -> None:
     """Every request as the client saw it, with the part and the phase it belongs to."""
     lines = (
         json.dumps({"part": one.part, "phase": one.name, **asdict(record)}) + "\n"

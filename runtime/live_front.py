@@ -1,8 +1,8 @@
 """viisim's own proxy in front of one worker that runs, as it will be when it is deployed.
 
-On a machine whose proxy has no core of its own, the workers' steps take longer behind it: on two
-cores with a vLLM worker each, by 8 % at sixteen streams a worker, though the proxy computes for
-only 3 % of the time. A calibration for such a machine has to be behind it, too.
+On a machine whose proxy has no core of its own, the workers' steps take longer behind it
+(`benchmarks/step_conditions.py` shows how much). A calibration for such a machine has to be behind
+it, too.
 """
 
 from __future__ import annotations

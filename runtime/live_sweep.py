@@ -126,8 +126,7 @@ def _decodes(engine: EngineSettings, size: int) -> Iterator[Phase]:
 
 
 def _ragged(longest: int, size: int) -> list[int]:
-    """So many prompts, from the longest down to a third of it. Sequences of one length decode
-    faster: vLLM's CPU workers by 6 % at sixteen. In traffic no two are alike."""
+    """So many prompts, from the longest down to a third of it: in traffic no two are alike."""
     least = max(SHORT_TOKENS, longest // 3)
     return [longest - (longest - least) * index // max(1, size - 1) for index in range(size)]
 
