@@ -407,9 +407,12 @@ async def send(url: str, requests: Sequence[Request], salt: str, speed: float) -
 
 
 def cpu_s(pid: int) -> float:
-    """CPU time that a process and its children have used."""
-    process = psutil.Process(pid)
-    spent = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    """CPU time that a process and its children have used. Raises InputError when it has ended."""
+    try:
+        process = psutil.Process(pid)
+        spent = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    except psutil.NoSuchProcess:
+        raise InputError("a router ended during a run; its log is in --state") from None
     return sum(one.user + one.system for one in spent)
 
 

@@ -79,10 +79,13 @@ class Clock:
 class Served:
     """A running `viisim deploy`."""
 
-    def __init__(self, url: str, admin_key: str, pid: int, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, url: str, admin_key: str, pid: int, log: Path, session: aiohttp.ClientSession
+    ) -> None:
         self.url = url
         self._headers = {"Authorization": f"Bearer {admin_key}"}
         self._process = psutil.Process(pid)
+        self._log = log
         self._session = session
 
     async def is_ready(self, workers: int) -> bool:
@@ -97,16 +100,23 @@ class Served:
         return states.count("ready") == workers
 
     async def schedule_by(self, policy: Mapping[str, Any]) -> None:
-        """Change the policy. Raises InputError when the deployment refuses it."""
-        async with self._session.post(
-            f"{self.url}/admin/policy", headers=self._headers, json=dict(policy)
-        ) as answer:
-            if answer.status != 200:
-                raise InputError(f"policy {dict(policy)}: refused: {await answer.text()}")
+        """Change the policy. Raises InputError when the deployment refuses it, or has ended."""
+        try:
+            async with self._session.post(
+                f"{self.url}/admin/policy", headers=self._headers, json=dict(policy)
+            ) as answer:
+                if answer.status != 200:
+                    raise InputError(f"policy {dict(policy)}: refused: {await answer.text()}")
+        except aiohttp.ClientError as error:
+            raise InputError(f"viisim deploy: {error}; look into {self._log}") from None
 
     def cpu_s(self) -> float:
-        """What the proxy has computed so far; its workers not counted."""
-        times = self._process.cpu_times()
+        """What the proxy has computed so far; its workers not counted. Raises InputError when it
+        has ended."""
+        try:
+            times = self._process.cpu_times()
+        except psutil.NoSuchProcess:
+            raise InputError(f"viisim deploy ended during a run; look into {self._log}") from None
         return float(times.user + times.system)
 
 
@@ -136,7 +146,7 @@ async def deployed(
     process = await WorkerProcess.start(WorkerCommand(tuple(argv), {}, None, {}), log, home)
     try:
         async with aiohttp.ClientSession() as session:
-            served = Served(f"http://127.0.0.1:{port}", admin_key, process.pid, session)
+            served = Served(f"http://127.0.0.1:{port}", admin_key, process.pid, log, session)
             begun_s = time.monotonic()
             await _until_ready(served, process, experiment, log)
             say(f"{experiment.name}: ready after {time.monotonic() - begun_s:.0f} s")
@@ -186,14 +196,15 @@ async def measured(
     client = LoadClient(served.url, vocabulary=VOCABULARY, salt=planned.name)
     begin_s, client_cpu_s, proxy_cpu_s = time.monotonic(), time.process_time(), served.cpu_s()
     records = await client.send(iter(requests))
+    end_s, client_end_cpu_s = time.monotonic(), time.process_time()
+    lines = "".join(record.line() + "\n" for record in records)
+    part.requests_file(planned.name).write_text(lines, encoding="utf-8")
     run = MeasuredRun(
         **asdict(planned),
         begin_s=begin_s,
-        end_s=time.monotonic(),
-        client_cpu_s=time.process_time() - client_cpu_s,
+        end_s=end_s,
+        client_cpu_s=client_end_cpu_s - client_cpu_s,
         proxy_cpu_s=served.cpu_s() - proxy_cpu_s,
     )
-    lines = "".join(record.line() + "\n" for record in records)
-    part.requests_file(planned.name).write_text(lines, encoding="utf-8")
     part.add(run)
     return run

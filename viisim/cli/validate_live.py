@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -68,6 +69,7 @@ def _measured(config: ValidationConfig, folder: Path) -> Measured:
     experiments = {
         name: load_experiment(experiment, workers.overrides(experiment))
         for name, experiment in experiments_of(config).items()
+        if name in about["wall_s"]  # others were not measured to their end
     }
     return Measured(folder, config, experiments[ACCURACY], experiments.get(RANKING), about)
 
@@ -92,6 +94,8 @@ class Workers:
         self._folder = folder
         self._labels: dict[str, str] = {}
         """By what tells kinds apart."""
+        self._kinds_of: Counter[str] = Counter()
+        """By the name of their weights."""
         self.first: dict[str, tuple[Experiment, str]] = {}
         """By label: an experiment that has such a worker, and the first one's id."""
         for file in experiments_of(config).values():
@@ -110,8 +114,9 @@ class Workers:
         kind = json.dumps(entry.model_dump(mode="json", exclude={"count", "model", "profile"}))
         if kind not in self._labels:
             name = Path(entry.worker.weights or entry.model).name
-            taken = sum(label.partition("-")[0] == name for label in self._labels.values())
-            self._labels[kind] = f"{name}-{taken + 1}" if taken else name
+            self._kinds_of[name] += 1
+            number = self._kinds_of[name]
+            self._labels[kind] = name if number == 1 else f"{name}-{number}"
         return self._labels[kind]
 
     def profile(self, label: str) -> Path:
@@ -160,16 +165,16 @@ def _measure(file: Path, config: ValidationConfig, folder: Path, quick: bool, sa
         part = Part(folder / name)
         with clock.timing(name), Home(part.folder) as home:
             run(measure(workers.overrides(experiments[name]), part, home, say))
-    about = {
-        "file": file.name,
-        "quick": quick,
-        "machine": machine(),
-        "cores": os.cpu_count(),
-        "weights": list(workers.first),
-        "wall_s": clock.wall_s,
-    }
-    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-    (folder / ABOUT).write_text(text, encoding="utf-8")
+        about = {
+            "file": file.name,
+            "quick": quick,
+            "machine": machine(),
+            "cores": os.cpu_count(),
+            "weights": list(workers.first),
+            "wall_s": clock.wall_s,
+        }
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        (folder / ABOUT).write_text(text, encoding="utf-8")
 
 
 def machine() -> str:
