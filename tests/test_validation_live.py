@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -13,10 +13,12 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from viisim.cli.app import app
+from viisim.cli.validate_live import Workers, experiments_of
 from viisim.config import experiment_from, load_experiment
 from viisim.errors import InputError
 from viisim.validation.config import load_validation
 from viisim.validation.judge import policy_differences
+from viisim.validation.measured import MeasuredRun, Part, measured_answers
 from viisim.validation.predict import closed_loop, closed_loop_per_s, requests_at, simulated
 
 ROOT = Path(__file__).parents[1]
@@ -85,9 +87,10 @@ def validation(**changes: Any) -> dict[str, Any]:
     }
 
 
-def written(folder: Path, **changes: Any) -> Path:
+def written(folder: Path, deployed: dict[str, Any] | None = None, **changes: Any) -> Path:
     """A validation's file, with its experiment's beside it."""
-    (folder / "experiment.yaml").write_text(yaml.safe_dump(experiment()), encoding="utf-8")
+    text = yaml.safe_dump(deployed or experiment())
+    (folder / "experiment.yaml").write_text(text, encoding="utf-8")
     file = folder / "validation.yaml"
     file.write_text(yaml.safe_dump(validation(**changes)), encoding="utf-8")
     return file
@@ -122,13 +125,12 @@ class TestFile:
         file = ROOT / f"experiments/validation/{name}.yaml"
         for quick in (False, True):
             config = load_validation(file, quick=quick)
-            load_experiment(config.accuracy.located(config.accuracy.experiment))
+            assert [load_experiment(own).name for own in experiments_of(config).values()]
 
     def test_a_worker_that_is_not_started_here_is_an_error(self, tmp_path: Path) -> None:
-        file = written(tmp_path)
         content = experiment()
         content["cluster"]["replicas"][0]["worker"] = {"kind": "simulated"}
-        (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        file = written(tmp_path, content)
         done = viisim("validate", "--live", file, "--out", tmp_path / "out")
         assert isinstance(done.exception, InputError)
         assert "give kind vllm" in str(done.exception)
@@ -142,6 +144,61 @@ class TestFile:
         done = viisim("validate", "--live", written(tmp_path), "--again", "--out", tmp_path / "no")
         assert isinstance(done.exception, InputError)
         assert "measure first" in str(done.exception)
+
+
+class TestWorkers:
+    @staticmethod
+    def labels(folder: Path, *changes: dict[str, Any]) -> list[str]:
+        """Of replicas that differ by these changes of their engine."""
+        (entry,) = experiment()["cluster"]["replicas"]
+        entry["worker"]["weights"] = "models/tiny-1b-awq"
+        entries = [{**entry, "engine": {**entry["engine"], **change}} for change in changes]
+        file = written(folder, experiment(cluster={"replicas": entries}))
+        return list(Workers(load_validation(file), folder / "profiles").first)
+
+    def test_equal_ones_share_a_profile(self, tmp_path: Path) -> None:
+        assert self.labels(tmp_path, {}, {}) == ["tiny-1b-awq"]
+
+    def test_other_settings_have_a_profile_of_their_own(self, tmp_path: Path) -> None:
+        changes = ({}, {"max_num_seqs": 2}, {"max_num_seqs": 3})
+        expected = ["tiny-1b-awq", "tiny-1b-awq-2", "tiny-1b-awq-3"]
+        assert self.labels(tmp_path, *changes) == expected
+
+
+class TestFolder:
+    RUN = MeasuredRun("one", "0.3", {"name": "a"}, 1, 2.0, 10.0, 100.0, 110.0, 0.1, 0.1)
+    ROW: ClassVar = {
+        "id": "q",
+        "traffic_class": "",
+        "due_s": 1.0,
+        "error": "",
+        "ttft_s": 0.5,
+        "e2e_s": 1.5,
+        "prompt_tokens": 20,
+        "cached_tokens": 4,
+        "output_tokens": 11,
+    }
+
+    def part(self, folder: Path, steps: list[dict[str, Any]], *rows: dict[str, Any]) -> Part:
+        part = Part(folder)
+        part.steps_file("r0").parent.mkdir(parents=True)
+        for file, lines in ((part.steps_file("r0"), steps), (part.requests_file("one"), rows)):
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return part
+
+    def test_the_steps_of_a_run_are_those_that_began_in_it(self, tmp_path: Path) -> None:
+        steps = [{"start_s": at_s} for at_s in (99.9, 100.0, 109.9, 110.0)]
+        found = self.part(tmp_path, steps).steps("r0", [self.RUN])
+        assert [row["start_s"] for row in found] == [100.0, 109.9]
+
+    def test_a_failed_request_has_neither_latency_nor_tokens(self, tmp_path: Path) -> None:
+        broken = {**self.ROW, "due_s": 2.0, "error": "broke off", "output_tokens": 3}
+        steps = [{"start_s": 105.0, "preempted": 2}]
+        answers = measured_answers(self.part(tmp_path, steps, broken, self.ROW), self.RUN, ["r0"])
+        assert answers.e2e_s.tolist()[0] == 1.5
+        assert answers.tpot_s.tolist()[0] == pytest.approx(0.1)
+        assert answers.output_tokens.tolist() == [11, 0]
+        assert (answers.failed, answers.preemptions) == (1, 2)
 
 
 class TestRequests:
@@ -172,11 +229,9 @@ class TestRequests:
             present = (columns["arrived_ns"] <= now) & (columns["finished_ns"] > now)
             assert present.sum() <= 5
 
-    def test_a_slower_cluster_has_a_smaller_capacity(self) -> None:
-        content = experiment()
-        content["cluster"]["replicas"][0]["slowdown"] = 2.0
-        slow = experiment_from(content, "stubs.yaml", ROOT)
-        whole, half = (closed_loop_per_s(one, 200, 1) for one in (self.CHANGED, slow))
+    def test_slower_workers_have_a_smaller_capacity(self) -> None:
+        whole = closed_loop_per_s(self.CHANGED, 200, 1)
+        half = closed_loop_per_s(self.CHANGED, 200, 1, {"r0": 2.0, "r1": 2.0})
         assert half == pytest.approx(whole / 2, rel=0.01)
 
 
@@ -226,7 +281,12 @@ class TestAgainstStubs:
         assert capacity["predicted"] > 0
 
     def test_steps_of_both_workers_are_compared(self, live: Any) -> None:
-        assert [one["worker"] for one in live[1]["steps"]] == ["r0", "r1"]
+        workers = [one["worker"] for one in live[1]["steps"]]
+        assert workers == ["accuracy r0", "accuracy r1", "ranking r0", "ranking r1"]
+
+    def test_with_the_steps_as_long_as_they_were_latency_is_nearly_right(self, live: Any) -> None:
+        (load,) = live[1]["loads"]
+        assert abs(load["at_speed"]["e2e_s"]) < 0.15  # what the stub's timers add
 
     def test_policies_are_ranked(self, live: Any) -> None:
         rows = live[1]["rankings"]["short"]["rows"]
@@ -244,6 +304,15 @@ class TestAgainstStubs:
         viisim("validate", "--live", file, "--out", out, "--again")
         assert (out / "report.json").read_bytes() == before
 
+    def test_without_its_ranking_a_run_can_be_judged(self, live: Any, tmp_path: Path) -> None:
+        out, file = tmp_path / "out", live[0] / "validation.yaml"
+        shutil.copytree(live[0] / "out", out, ignore=shutil.ignore_patterns("ranking"))
+        about = json.loads((out / "measured.json").read_text())
+        del about["wall_s"]["ranking"]
+        (out / "measured.json").write_text(json.dumps(about))
+        viisim("validate", "--live", file, "--out", out, "--again")
+        assert json.loads((out / "report.json").read_text())["missing"] == ["ranking"]
+
     def test_the_page_finds_its_figures(self, live: Any, tmp_path: Path) -> None:
         file, out, page = live[0] / "validation.yaml", live[0] / "out", tmp_path / "page.md"
         viisim("validate", "--live", file, "--out", out, "--again", "--page", page)
@@ -252,11 +321,9 @@ class TestAgainstStubs:
         assert all((tmp_path / name).exists() for name in shown)
 
     def test_a_policy_unlike_the_simulated_is_reported(self, live: Any, tmp_path: Path) -> None:
-        out = tmp_path / "out"
+        out, file = tmp_path / "out", written(tmp_path, experiment(policy={"name": "round_robin"}))
         shutil.copytree(live[0] / "out", out)
-        runs = out / "accuracy/runs.jsonl"
-        runs.write_text(runs.read_text().replace("least_loaded", "round_robin"))
-        done = viisim("validate", "--live", live[0] / "validation.yaml", "--out", out, "--again")
+        done = viisim("validate", "--live", file, "--out", out, "--again")
         assert done.exit_code == 1
         failed = json.loads((out / "report.json").read_text())["failed"]
         assert any("policies unlike the simulated" in name for name in failed)

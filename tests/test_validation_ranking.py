@@ -272,7 +272,9 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
 
 def test_another_seed_draws_otherwise() -> None:
     measured = {"a": noisy(1), "b": noisy(2)}
-    one, other = (rank(MEAN, measured, measured, seed).pairs[0].interval for seed in (0, 1))
+    one, other = (
+        rank(MEAN, measured, measured, rng_seed=seed).pairs[0].interval for seed in (0, 1)
+    )
     assert one != other
 
 

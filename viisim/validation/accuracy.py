@@ -6,7 +6,7 @@ limit is judged by its own run alone: what the limits are, `Limits` says, and ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -97,6 +97,9 @@ class LoadRun:
     measured: tuple[Answers, ...]
     """Repetitions."""
     simulated: Answers
+    at_speed: tuple[Answers, ...] = ()
+    """The same, simulated for each repetition with steps as long as they were, as `at_speed` of
+    `Accuracy` says."""
     cpu: Cpu | None = None
     """Of the repetitions together."""
     equal_load: float | None = None
@@ -135,6 +138,10 @@ class Accuracy:
     requests: int
     repetitions: int
     rows: tuple[Row, ...]
+    at_speed: Mapping[str, float]
+    """Errors of the mean latencies that are left once each worker's steps take, in each
+    repetition, as many times what its profile says as they all together took: with the machine's
+    speed given, what of scheduling, queues and the way to the engine is wrong."""
     cpu: Cpu | None = None
     equal_load: float | None = None
 
@@ -163,6 +170,7 @@ def compare(run: LoadRun) -> Accuracy:
         requests=len(run.simulated),
         repetitions=len(run.measured),
         rows=tuple(_rows(run)),
+        at_speed=dict(_errors_at_speed(run)),
         cpu=run.cpu,
         equal_load=run.equal_load,
     )
@@ -180,6 +188,15 @@ def _rows(run: LoadRun) -> Iterator[Row]:
                 yield Row(metric.key, statistic, known, predicted, error, noise)
 
 
+def _errors_at_speed(run: LoadRun) -> Iterator[tuple[str, float]]:
+    for key in LATENCIES:
+        sides = [[METRICS[key].value(one, "mean") for one in run.at_speed]]
+        sides.append([METRICS[key].value(one, "mean") for one in run.measured])
+        ours, theirs = ([value for value in side if value is not None] for side in sides)
+        if len(ours) == len(theirs) == len(run.measured):
+            yield key, float(np.mean(ours) / np.mean(theirs) - 1)
+
+
 def _noise(metric: Metric, values: Sequence[float]) -> float | None:
     """A pair's difference is taken of the pair's mean: neither of the two is the true one."""
     sizes = []
@@ -193,8 +210,9 @@ def load_at_equal_e2e(
     measured_mean_e2e_s: float, simulate: Callable[[float], float], around: float
 ) -> float | None:
     """The load at which the simulator's mean E2E (`simulate` answers it, in seconds, for a load)
-    is the measured one. Close to saturation a load off by 1 % moves E2E by 20 %, so this says
-    better than latency how far off a simulator is. None when not within 0.7 to 1.3 of `around`.
+    is the measured one. Close to saturation a small error of the load is a large one of E2E, so
+    this says better than latency how far off a simulator is. None when not within 0.7 to 1.3 of
+    `around`, or where nothing was answered (NaN).
     """
     from scipy.optimize import brentq
 
@@ -202,7 +220,7 @@ def load_at_equal_e2e(
         return simulate(load) - measured_mean_e2e_s
 
     low, high = (factor * around for factor in _EQUAL_LOAD_RANGE)
-    if excess_s(low) > 0 or excess_s(high) < 0:
+    if not excess_s(low) <= 0 <= excess_s(high):
         return None
     return float(brentq(excess_s, low, high, xtol=_EQUAL_LOAD_STEP * around))
 
@@ -217,6 +235,8 @@ class Capacity:
     """Such as requests/s."""
     repetitions: tuple[float, ...]
     predicted: float
+    predicted_at_speed: tuple[float, ...] = ()
+    """Each time, with the workers' own speed, as `Accuracy.at_speed` says."""
 
     @property
     def measured(self) -> float:
@@ -228,6 +248,13 @@ class Capacity:
         """Of the prediction, relative."""
         return self.predicted / self.measured - 1
 
+    @property
+    def at_speed(self) -> float | None:
+        """The error with the workers' own speed; None where that is not known."""
+        own = self.predicted_at_speed
+        return float(np.mean(own)) / self.measured - 1 if own else None
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"measured": self.measured, "error": self.error}
+        found = {"measured": self.measured, "error": self.error, "at_speed": self.at_speed}
+        return asdict(self) | found

@@ -192,7 +192,8 @@ def _ranges(rows: Iterable[Row]) -> NDArray[np.float64]:
 
 
 def step_residuals(name: str, steps: Sequence[StepTimes]) -> Figure:
-    """Predicted over measured step time against the measured one, a panel a recording."""
+    """Predicted over measured step time against the predicted one, a panel a recording. Against
+    the measured one, scatter alone would look like a slope."""
     with _own_style():
         columns = min(len(steps), 2)
         rows = -(-len(steps) // columns)
@@ -201,7 +202,7 @@ def step_residuals(name: str, steps: Sequence[StepTimes]) -> Figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         panels = list(grid.flat)
         for axes, times in zip(panels, steps, strict=False):
-            axes.set_title(times.worker + ("" if times.unseen else " (fitted to)"))
+            axes.set_title(times.worker)
             axes.axhline(0, color=GREY, linewidth=1.0)
             _draw_steps(axes, times, ~times.with_prefill, BLUE, "decode only")
             _draw_steps(axes, times, times.with_prefill, ORANGE, "with prefill")
@@ -220,7 +221,7 @@ def _finish_residuals(figure: Figure) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         _plain_numbers(axes)
         axes.tick_params(labelbottom=True)
-        axes.set_xlabel("measured step time (s, log scale)")
+        axes.set_xlabel("predicted step time (s, log scale)")
     figure.supylabel("residual", fontsize="medium")
 
 
@@ -228,10 +229,10 @@ def _draw_steps(
     axes: Axes, times: StepTimes, kind: NDArray[np.bool_], color: str, label: str
 ) -> None:
     """Every step as a dot, and the median of each tenth as a line."""
-    at_s = times.measured_s[kind]
+    at_s = times.predicted_s[kind]
     if not at_s.size:
         return
-    residual = np.clip(times.predicted_s[kind] / at_s - 1, -_OUTLIER, _OUTLIER)
+    residual = np.clip(at_s / times.measured_s[kind] - 1, -_OUTLIER, _OUTLIER)
     some = np.s_[:: max(1, at_s.size // _MOST_POINTS)]
     axes.plot(at_s[some], residual[some], ".", color=color, alpha=0.2, markersize=3)
     tenths = [part for part in np.array_split(np.argsort(at_s, kind="stable"), 10) if part.size]

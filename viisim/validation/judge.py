@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from policies.interface import ConfigChanged
 from policies.journal import Segment
 from policies.registry import PolicySpec
 from viisim.calibration.fit import fit_steps
+from viisim.calibration.measurements import StepLog
 from viisim.calibration.own_records import read_steps
 from viisim.calibration.validate import predicted_s
 from viisim.capacity import work_rate_per_s
-from viisim.config import Experiment
+from viisim.config import Experiment, SimulatedReplica
+from viisim.errors import InputError
 from viisim.journal import JournalReader, ReplayReport, replay_journal
 from viisim.validation.accuracy import (
     Capacity,
@@ -31,7 +34,7 @@ from viisim.validation.accuracy import (
     compare,
     load_at_equal_e2e,
 )
-from viisim.validation.answers import Answers, simulated_answers
+from viisim.validation.answers import Answers, Floats, simulated_answers
 from viisim.validation.config import RankedWorkload, ValidationConfig, label_of
 from viisim.validation.figures import draw
 from viisim.validation.limits import FULL, QUICK
@@ -54,9 +57,6 @@ from viisim.validation.predict import (
 from viisim.validation.ranking import Figure, Ranking, rank
 from viisim.validation.report import Parity, Report, Setup, Stated, Worker
 from viisim.validation.steps import StepTimes, shared_drift, step_errors
-
-_NEAR_LOAD = 0.7
-"""Above it, the load at equal E2E says more than latency."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def judge(measured: Measured, command: str) -> Report:
         for group, own in groupby(sorted(runs, key=lambda run: float(run.group)), _group)
     ]
     accuracies = [compare(run) for run in loads]
-    steps = _step_times(measured, part, runs)
+    steps = [*_step_times("accuracy", measured.accuracy, part, runs), *_ranked_steps(measured)]
     rankings, ranking_cpu = _rankings(measured)
     pictures = draw(measured.config.name, loads, accuracies, steps, measured.folder / "plots")
     report = Report(
@@ -131,11 +131,14 @@ def _group(run: MeasuredRun) -> str:
 def _capacity(measured: Measured, part: Part) -> Capacity:
     runs = [run for run in part.runs() if run.group == CAPACITY]
     rows = [part.requests(run.name) for run in runs]
+    predicted = partial(closed_loop_per_s, measured.accuracy, len(rows[0]), runs[0].seed)
+    speeds = [_slowdowns(measured.accuracy, part, run) for run in runs]
     return Capacity(
         of="two workers" if len(_ids(measured.accuracy)) == 2 else "all workers",
         unit="requests/s",
         repetitions=tuple(work_rate_per_s(work_columns(each), CAPACITY) for each in rows),
-        predicted=closed_loop_per_s(measured.accuracy, len(rows[0]), runs[0].seed),
+        predicted=predicted(),
+        predicted_at_speed=tuple(predicted(own) for own in speeds),
     )
 
 
@@ -153,47 +156,73 @@ def _load_run(measured: Measured, part: Part, load: float, runs: Sequence[Measur
     def mean_e2e_s(at: float) -> float:
         return float(predicted(at * capacity_per_s).latencies("e2e_s").mean())
 
-    found = float(np.mean([one.latencies("e2e_s").mean() for one in answers]))
+    found = float(np.mean(np.concatenate([one.latencies("e2e_s") for one in answers])))
     return LoadRun(
         load=load,
         rate_per_s=first.rate_per_s,
         measured=answers,
         simulated=predicted(first.rate_per_s),
+        at_speed=tuple(_at_speed(experiment, part, run) for run in runs),
         cpu=_cpu(measured, runs),
-        equal_load=load_at_equal_e2e(found, mean_e2e_s, load) if load > _NEAR_LOAD else None,
+        equal_load=load_at_equal_e2e(found, mean_e2e_s, load) if load > FULL.low_load else None,
     )
 
 
-def _predicted(experiment: Experiment, run: PlannedRun) -> Answers:
+def _predicted(
+    experiment: Experiment, run: PlannedRun, slowdowns: Mapping[str, float] | None = None
+) -> Answers:
     requests = requests_at(experiment, run.rate_per_s, run.run_s, run.seed)
-    return simulated_answers(simulated(experiment, requests, run.seed))
+    return simulated_answers(simulated(experiment, requests, run.seed, slowdowns))
 
 
-def _step_times(measured: Measured, part: Part, runs: Sequence[MeasuredRun]) -> list[StepTimes]:
+def _at_speed(experiment: Experiment, part: Part, run: MeasuredRun) -> Answers:
+    """The run simulated with the speed that each worker turned out to have in it."""
+    return _predicted(experiment, run, _slowdowns(experiment, part, run))
+
+
+def _slowdowns(experiment: Experiment, part: Part, run: MeasuredRun) -> dict[str, float]:
+    """How many times as long as its profile says each worker's steps took, all together."""
+    return {
+        replica.id: float(log.duration_s.sum() / predicted_s(log, replica.profile).sum())
+        for replica, _, log in _worked(experiment, part, [run])
+    }
+
+
+def _step_times(
+    name: str, experiment: Experiment, part: Part, runs: Sequence[MeasuredRun]
+) -> Iterator[StepTimes]:
     """What each worker computed meanwhile, and what its profile says of it."""
-    found = []
-    for replica in measured.accuracy.simulated_replicas():
-        rows = [row for row in part.steps(replica.id, runs) if _has_work(row)]
-        if not rows:  # it was sent nothing
-            continue
-        log = read_steps(rows, part.steps_file(replica.id), "").steps
-        assert log is not None, "it was read from steps"
-        found.append(
-            StepTimes(
-                worker=replica.id,
-                unseen=True,  # the profile was fitted to an earlier start's
-                start_s=np.array([row["start_s"] for row in rows]),
-                measured_s=log.duration_s,
-                predicted_s=predicted_s(log, replica.profile),
-                refitted_s=fit_steps([log]).predict(log),
-                with_prefill=log.prefill_tokens > 0,
-            )
+    for replica, start_s, log in _worked(experiment, part, runs):
+        yield StepTimes(
+            worker=f"{name} {replica.id}",
+            start_s=start_s,
+            decodes=log.decodes,
+            measured_s=log.duration_s,
+            predicted_s=predicted_s(log, replica.profile),
+            refitted_s=fit_steps([log]).predict(log),
+            with_prefill=log.prefill_tokens > 0,
         )
-    return found
 
 
-def _has_work(row: Mapping[str, Any]) -> bool:
-    return bool(row.get("decode_seqs") or row.get("prefill_tokens"))
+def _worked(
+    experiment: Experiment, part: Part, runs: Sequence[MeasuredRun]
+) -> Iterator[tuple[SimulatedReplica, Floats, StepLog]]:
+    """The workers that computed anything during the runs: when their steps began, and the steps."""
+    for replica in experiment.simulated_replicas():
+        rows = part.steps(replica.id, runs)
+        rows = [row for row in rows if row["decode_seqs"] or row["prefill_tokens"]]
+        if rows:
+            log = read_steps(rows, part.steps_file(replica.id), "").steps
+            assert log is not None, "it was read from steps"
+            yield replica, np.array([row["start_s"] for row in rows]), log
+
+
+def _ranked_steps(measured: Measured) -> Iterator[StepTimes]:
+    """Those of the ranking's workers, which other ones may be."""
+    if measured.ranking is not None:
+        part = measured.part("ranking")
+        runs = [run for run in part.runs() if run.group != WARM_UP]
+        yield from _step_times("ranking", measured.ranking, part, runs)
 
 
 def _ids(experiment: Experiment) -> list[str]:
@@ -240,14 +269,20 @@ def _ranking(
     changed = [with_policy(with_workload(experiment, ranked.workload), one) for one in policies]
     own = [[run for run in runs if run.policy == one.policy.spec] for one in changed]
     whole = min(map(len, own))  # repetitions that every policy has
-    real, predicted = {}, {}
+    if not whole:
+        raise InputError(
+            f"{part.folder}: {ranked.name}: not every policy of the file was measured; measure "
+            "again, or leave in the file those that were"
+        )
+    real, predicted, at_speed = {}, {}, {}
     for policy, under, its_runs in zip(policies, changed, own, strict=True):
         label, kept = label_of(policy), its_runs[:whole]
         real[label] = [measured_answers(part, run, _ids(experiment)) for run in kept]
         predicted[label] = [_predicted(under, run) for run in kept]
+        at_speed[label] = [_at_speed(under, part, run) for run in kept]
     judged = ranked.judged_by
     figure = Figure(judged.metric, judged.statistic, judged.traffic_class)
-    return rank(figure, real, predicted)
+    return rank(figure, real, predicted, at_speed)
 
 
 # --------------------------------------------------------------------------------------
@@ -263,7 +298,8 @@ def _parity(measured: Measured) -> Parity:
         part = measured.part(name)
         files = sorted(part.journal.glob("*.jsonl"))
         reports += [(name, replay_journal(file, trust=True)) for file in files]
-        unlike += policy_differences(_policies_in(files), [run.policy for run in part.runs()])
+        simulated = [_simulated_policy(measured, name, run) for run in part.runs()]
+        unlike += policy_differences(_policies_in(files), simulated)
     return Parity(
         journals=len(reports),
         events=sum(report.events for _, report in reports),
@@ -271,6 +307,11 @@ def _parity(measured: Measured) -> Parity:
         differences=tuple(f"{name}/{report}" for name, report in reports if not report.equal),
         policy_differences=tuple(unlike),
     )
+
+
+def _simulated_policy(measured: Measured, part: str, run: MeasuredRun) -> PolicySpec:
+    """Of a run of the ranking it is the run's own, by which the run is found."""
+    return run.policy if part == "ranking" else measured.accuracy.policy.spec
 
 
 def _policies_in(files: Sequence[Path]) -> list[PolicySpec]:
@@ -293,9 +334,9 @@ def policy_differences(
     deployed: Sequence[PolicySpec], planned: Sequence[PolicySpec]
 ) -> Iterator[str]:
     """Where the policies of a deployment's journal, in their order, are not those that its runs
-    were to have, which are the simulated ones. One more is of a run that was cut short."""
+    are simulated under."""
     wanted = _changes(planned)
-    if len(deployed) not in (len(wanted), len(wanted) + 1):
+    if len(deployed) != len(wanted):
         yield f"{len(deployed)} policies were deployed in turn, {len(wanted)} were to be"
     for number, (one, other) in enumerate(zip(deployed, wanted, strict=False), start=1):
         if one != other:

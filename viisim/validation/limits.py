@@ -58,7 +58,8 @@ class Limits:
     throughput: float | None
     capacity: float | None
     step_mape: float | None
-    """Of unseen steps, as the next one. Steps of CPUs scatter by 7 to 10 % (FACTS section 6)."""
+    """Of single steps, as the next one of all. Those of CPUs scatter by 7 to 10 % (FACTS section
+    6)."""
     step_total: float | None
     source: str
     """Whose limits these are, in words."""
@@ -161,10 +162,8 @@ def capacity_checks(capacities: Sequence[Capacity], limits: Limits) -> Iterator[
 
 
 def step_checks(errors: Sequence[StepErrors], limits: Limits) -> Iterator[Check]:
-    """Of steps that no profile was fitted to."""
+    """Of every worker."""
     for one in errors:
-        if not one.unseen:
-            continue
         if limits.step_mape is not None:
             what = f"mean size of a step's error on {one.worker}"
             why = f"{limits.source}; a fit to these very steps leaves {one.refitted_mape:.1%}"

@@ -1,6 +1,6 @@
 """The folder of a validation's measurements, and how its runs are read.
 
-measured.json                    what was measured, on which machine
+measured.json                    which parts were measured, on which machine
 profiles/LABEL.yaml              calibrated, a kind of worker each; LABEL/ has the measurements
 accuracy/, ranking/              a deployment each:
     runs.jsonl                   its runs, a line each

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from viisim.premise import table
 from viisim.report import number
 from viisim.validation.accuracy import METRICS, WHOLE, Accuracy
+from viisim.validation.answers import LATENCIES
 from viisim.validation.limits import Check
 from viisim.validation.ranking import (
     INCONCLUSIVE,
@@ -56,16 +57,20 @@ def page(report: Report, pictures: str) -> Iterator[str]:
 _HOW_TO_READ = """\
 - Errors are signed: predicted over measured, less one. Of counts and shares they are differences.
 - Measured figures are means over repetitions of one list of requests. Beside an error stands the
-  workers' own difference: the mean size of that between two repetitions. No simulator can be
-  nearer than that, except by luck.
+  workers' own difference: the mean size of that between two repetitions. The mean of three has an
+  error of its own, so that even a perfect simulator would seem off by about 0.4 of that difference:
+  an error smaller than this is luck.
 - A limit of a mean latency is what the checks state, or twice the workers' own difference where
-  that is more, up to 15%. Up to 0.9 of the capacity a load that is 1% off moves latency by far
-  more, so there the load at which the simulator has the measured E2E counts as well. Beyond,
-  queues grow for as long as the run lasts: latency is reported and not judged.
+  that is more, up to 15%, which is lenient. Near the capacity latency moves more than load, so
+  there the load at which the simulator has the measured E2E counts as well. Beyond it, queues grow
+  for as long as the run lasts: latency is reported and not judged.
+- Below the capacity throughput follows the arrivals, and an error of it says little; above, it is
+  what the workers can do.
 - Steps scatter, on some machines more than on others. A profile of the same form, fitted to the
   very steps that are judged and scaled as is best for them, still has the error that stands beside
-  the profile's own. Where what is left goes up and down with all workers at once (a correlation
-  near 1), it is the machine's speed, which no profile can know beforehand.
+  the profile's own. A correlation between workers near 1 says that much of what is left is how fast
+  the machine happens to be, or what its workers take from each other; near 0, that each scatters
+  for itself.
 - Answers and their tokens are counted and must be equal at every load.
 - In a ranking only pairs count whose measured difference is significant (95% interval, paired
   bootstrap). Regret is what one loses by taking the policy that the simulator has for best."""
@@ -158,6 +163,13 @@ def _what_ran(report: Report) -> Iterator[str]:
         )
 
 
+_AT_SPEED = (
+    "A machine is faster in some minutes than in others. The same errors once every worker's steps "
+    "take, in each run, as many times what its profile says as they all together took there: one "
+    "number a worker and run, known only afterwards. What is left is not the machine's speed."
+)
+
+
 def _accuracy(report: Report) -> Iterator[str]:
     if not report.loads:
         return
@@ -178,6 +190,14 @@ def _accuracy(report: Report) -> Iterator[str]:
             cells.append(f"{_percent(row.error)} ({_size(row.noise)})" if row else "–")
         rows.append([*cells, _percent(one.load_error)])
     yield table(["load", "requests/s", "requests", *labels, "load at equal E2E"], rows)
+    yield _AT_SPEED
+    yield table(
+        ["load", *(f"mean {METRICS[key].label}" for key in LATENCIES)],
+        [
+            [f"{one.load:g}", *(_percent(one.at_speed.get(key)) for key in LATENCIES)]
+            for one in report.loads
+        ],
+    )
     for one in report.loads:
         yield f"### Load {one.load:g}"
         yield _row_table(one)
@@ -216,7 +236,15 @@ def _rankings(report: Report) -> Iterator[str]:
 
 def _policy_table(ranking: Ranking) -> str:
     return table(
-        ["policy", "measured", "95% interval", "simulated", "error", "without an answer"],
+        [
+            "policy",
+            "measured",
+            "95% interval",
+            "simulated",
+            "error",
+            "at the workers' own speed",
+            "without an answer",
+        ],
         [
             [
                 f"`{row.policy}`",
@@ -224,6 +252,7 @@ def _policy_table(ranking: Ranking) -> str:
                 f"{_amount('s', row.interval[0])} to {_amount('s', row.interval[1])}",
                 _amount("s", row.simulated),
                 _percent(row.error),
+                _percent(row.at_speed),
                 str(row.failed),
             ]
             for row in sorted(ranking.rows, key=lambda row: row.measured)
@@ -263,16 +292,17 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
                 ", ".join(map(number, one.repetitions)),
                 number(one.predicted),
                 f"{one.error:+.1%}",
+                _percent(one.at_speed),
             ]
             for one in report.capacities
         ]
-        yield table(["", "measured", "each time", "predicted", "error"], rows)
+        headings = ["", "measured", "each time", "predicted", "error", "at the workers' own speed"]
+        yield table(headings, rows)
     if report.steps:
         yield "## Step times"
         rows = [
             [
                 one.worker,
-                "no" if one.unseen else "yes",
                 f"{one.steps:,}",
                 f"{one.mape:.1%}",
                 f"{one.refitted_mape:.1%}",
@@ -282,7 +312,6 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
         ]
         headings = [
             "worker",
-            "fitted to it",
             "steps",
             "mean size of a step's error",
             "of a fit to these very steps",
@@ -291,8 +320,8 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
         yield table(headings, rows)
     if report.step_drift is not None:
         yield (
-            "What steps take beyond their work goes up and down with all workers at once: in spans "
-            f"of ten seconds its means correlate by {report.step_drift:.2f} between workers."
+            "How slow steps are beside others of as many sequences, in means over ten seconds, "
+            f"correlates by {report.step_drift:.2f} between the workers of a machine."
         )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 
 from viisim.capacity import backlogged, offered_per_s, work_rate_per_s
 from viisim.config import Experiment, PolicyConfig, WorkloadConfig, scaled
@@ -19,11 +19,17 @@ _USERS_PER_PLACE = 2
 """Of the closed loop that finds the capacity: as many wait as are served."""
 
 
-def simulated(experiment: Experiment, requests: Iterable[Request], seed: int) -> SeedResult:
-    """These requests in the experiment's cluster, under its policy."""
+def simulated(
+    experiment: Experiment,
+    requests: Iterable[Request],
+    seed: int,
+    slowdowns: Mapping[str, float] | None = None,
+) -> SeedResult:
+    """These requests in the experiment's cluster, under its policy; `slowdowns` as for
+    `replica_specs`."""
     cluster = experiment.cluster
     return Simulation(
-        replica_specs(experiment),
+        replica_specs(experiment, slowdowns),
         experiment.policy.make(),
         requests,
         seed=seed,
@@ -55,13 +61,16 @@ def requests_at(
     changed = experiment.model_copy(update={"workload": scaled(experiment.workload, factor)})
     workload = changed.build_workload()
     until_ns = round(run_s * 1e9)
-    found = list(takewhile(lambda r: r.arrived_ns < until_ns, workload.requests(seed)))
-    if not found or len(found) == workload.total_requests:
-        raise InputError(
-            f"{experiment.name}: workload.requests: {workload.total_requests} do not fill "
-            f"{run_s:g} s at {rate_per_s:.3g} a second; raise them"
-        )
-    return found
+    drawn = workload.requests(seed)
+    found = []
+    while (request := next(drawn, None)) is not None and request.arrived_ns < until_ns:
+        found.append(request)
+    if found and request is not None:  # one came after them
+        return found
+    raise InputError(
+        f"{experiment.name}: workload.requests: {workload.total_requests} do not fill "
+        f"{run_s:g} s at {rate_per_s:.3g} a second; raise them"
+    )
 
 
 def capacity_under_backlog_per_s(experiment: Experiment) -> float:
@@ -82,10 +91,17 @@ def requests_of_capacity(experiment: Experiment, run_s: float) -> int:
     return max(3 * users_of(experiment), round(run_s * capacity_under_backlog_per_s(experiment)))
 
 
-def closed_loop_per_s(experiment: Experiment, requests: int, seed: int) -> float:
-    """Requests a second that the simulated cluster answers to the closed loop."""
+def closed_loop_per_s(
+    experiment: Experiment,
+    requests: int,
+    seed: int,
+    slowdowns: Mapping[str, float] | None = None,
+) -> float:
+    """Requests a second that the simulated cluster answers to the closed loop; `slowdowns` as for
+    `replica_specs`."""
     loop = closed_loop(experiment, users_of(experiment), requests, seed)
-    return work_rate_per_s(simulated(experiment, loop, seed).requests, experiment.name)
+    result = simulated(experiment, loop, seed, slowdowns)
+    return work_rate_per_s(result.requests, experiment.name)
 
 
 def users_of(experiment: Experiment) -> int:

@@ -40,7 +40,9 @@ REPETITIONS_NEEDED = 2
 """A single run does not tell how runs differ, and shows nothing."""
 
 SIGNIFICANT_PAIRS_NEEDED = 6
-"""Fewer significant pairs show nothing: chance alone agrees on 5 pairs in 3 % of cases."""
+"""Fewer significant pairs show nothing. Pairs of one ranking are not independent: a random order
+of four policies agrees with all six of their pairs in 1 of 24 cases, of five with six that say
+"these two before those three" in 1 of 10."""
 TAU_NEEDED = 1.0
 REGRET_ALLOWED = 0.02
 """Below it, the policy that the simulator picks is as good as the best."""
@@ -101,6 +103,8 @@ class Row:
     simulated: float
     error: float
     """Of the simulated figure, relative to the measured one."""
+    at_speed: float | None
+    """The same with the workers' own speed in each run, as `Accuracy.at_speed`."""
     failed: int
     """Requests that the real workers left without a whole answer."""
 
@@ -198,9 +202,11 @@ def rank(
     figure: Figure,
     measured: Mapping[str, Sequence[Answers]],
     simulated: Mapping[str, Sequence[Answers]],
+    at_speed: Mapping[str, Sequence[Answers]] | None = None,
     rng_seed: int = 0,
 ) -> Ranking:
     """Rank policies by their repetitions, which have the same request lists in the same order.
+    `at_speed` are the same simulated with the workers' own speed, which no rank depends on.
 
     Measured requests are paired by id. One that is missing under a policy counts as failed there:
     a session that broke off. Raises InputError if the policies or their runs do not match.
@@ -222,6 +228,7 @@ def rank(
                 interval=_interval(samples[index]),
                 simulated=guess[policy],
                 error=guess[policy] / known[policy] - 1,
+                at_speed=figure.of(at_speed[policy]) / known[policy] - 1 if at_speed else None,
                 failed=int(table.failed[index].sum()),
             )
             for index, policy in enumerate(known)

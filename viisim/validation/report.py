@@ -140,7 +140,7 @@ class Report:
         parts = {
             "capacity": limits.capacity is None or self.capacities,
             "accuracy": self.loads,
-            "unseen steps": not steps_judged or any(one.unseen for one in self.steps),
+            "steps": not steps_judged or self.steps,
             "ranking": not limits.judge_ranking or self.rankings,
             "parity": self.parity is not None and self.parity.events,
         }

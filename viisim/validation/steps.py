@@ -22,14 +22,15 @@ _FEWEST_SPANS = 10
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepTimes:
-    """Recorded steps of one worker, and what the profile says of the same batches."""
+    """Recorded steps of one worker, and what the profile says of the same batches. No profile was
+    fitted to any of them: it is of an earlier start of the worker."""
 
     worker: str
-    """As the report names it; with what is special of the recording, such as a fresh start."""
-    unseen: bool
-    """Whether the profile was fitted without any step of this recording."""
+    """As the report names it."""
     start_s: Floats
     """On a clock that all workers of a machine share."""
+    decodes: NDArray[np.int64]
+    """Sequences that a step decodes."""
     measured_s: Floats
     predicted_s: Floats
     refitted_s: Floats
@@ -42,12 +43,12 @@ class StepErrors:
     """How far the step times are off."""
 
     worker: str
-    unseen: bool
     steps: int
     mape: float
     """Mean size of the relative error of a step."""
     refitted_mape: float
-    """The same of the fit to these very steps, scaled as is best for it: what they scatter by."""
+    """The same of the fit to these very steps, scaled as is best for it: what a profile of this
+    form may leave at best."""
     total: float
     """Relative error of the sum of all, signed."""
 
@@ -60,7 +61,6 @@ def step_errors(times: StepTimes) -> StepErrors:
     """Of at least one step."""
     return StepErrors(
         worker=times.worker,
-        unseen=times.unseen,
         steps=times.measured_s.size,
         mape=_mape(times.predicted_s / times.measured_s),
         refitted_mape=_least_mape(times.refitted_s / times.measured_s),
@@ -82,9 +82,11 @@ def _least_mape(ratios: Floats) -> float:
 
 
 def shared_drift(recordings: Sequence[StepTimes]) -> float | None:
-    """Correlation of what workers' steps take beyond their work, in spans of ten seconds: near 1
+    """Correlation, between workers, of how slow their steps are in spans of ten seconds: near 1
     where a machine makes the steps of all its workers slower and faster at once, near 0 where
-    each worker scatters for itself. Mean over pairs of workers; None where none has enough spans.
+    each worker scatters for itself. Steps are slow beside those of as many sequences, so that
+    traffic that fills all workers at once makes no correlation. Mean over pairs of workers; None
+    where none has enough spans in common.
     """
     by_worker = [_means_by_span(times) for times in recordings]
     found = []
@@ -98,9 +100,14 @@ def shared_drift(recordings: Sequence[StepTimes]) -> float | None:
 
 def _means_by_span(times: StepTimes) -> dict[float, float]:
     excess = np.log(times.measured_s / times.refitted_s)
-    spans, which, steps = np.unique(
-        times.start_s // _SPAN_S, return_inverse=True, return_counts=True
-    )
-    means = np.bincount(which, excess) / steps
-    enough = steps >= _FEWEST_STEPS
+    _, kind = np.unique(2 * times.decodes + times.with_prefill, return_inverse=True)
+    excess -= _means(kind, excess)[kind]
+    spans, span = np.unique(times.start_s // _SPAN_S, return_inverse=True)
+    enough = np.bincount(span) >= _FEWEST_STEPS
+    means = _means(span, excess)
     return dict(zip(spans[enough].tolist(), means[enough].tolist(), strict=True))
+
+
+def _means(group: NDArray[np.int64], values: Floats) -> Floats:
+    """Of the values of each group; groups are counted from 0."""
+    return np.bincount(group, values) / np.bincount(group)
