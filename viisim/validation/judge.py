@@ -192,6 +192,7 @@ def _step_times(
     name: str, experiment: Experiment, part: Part, runs: Sequence[MeasuredRun]
 ) -> Iterator[StepTimes]:
     """What each worker computed meanwhile, and what its profile says of it."""
+    by_run = [_slowdowns(experiment, part, run) for run in runs]
     for replica, start_s, log in _worked(experiment, part, runs):
         yield StepTimes(
             worker=f"{name} {replica.id}",
@@ -201,6 +202,7 @@ def _step_times(
             predicted_s=predicted_s(log, replica.profile),
             refitted_s=fit_steps([log]).predict(log),
             with_prefill=log.prefill_tokens > 0,
+            slowdowns=tuple(one[replica.id] for one in by_run if replica.id in one),
         )
 
 

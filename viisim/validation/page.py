@@ -307,6 +307,7 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
                 f"{one.mape:.1%}",
                 f"{one.refitted_mape:.1%}",
                 f"{one.total:+.1%}",
+                f"{min(one.slowdowns):.2f} to {max(one.slowdowns):.2f}" if one.slowdowns else "–",
             ]
             for one in report.steps
         ]
@@ -316,6 +317,7 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
             "mean size of a step's error",
             "of a fit to these very steps",
             "all steps",
+            "measured over predicted, by run",
         ]
         yield table(headings, rows)
     if report.step_drift is not None:

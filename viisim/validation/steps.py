@@ -36,6 +36,8 @@ class StepTimes:
     refitted_s: Floats
     """What a profile of the same form says that is fitted to these very steps."""
     with_prefill: NDArray[np.bool_]
+    slowdowns: tuple[float, ...] = ()
+    """Of each run: how many times what the profile says its steps took, all together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ class StepErrors:
     form may leave at best."""
     total: float
     """Relative error of the sum of all, signed."""
+    slowdowns: tuple[float, ...] = ()
+    """As those of `StepTimes`."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -65,6 +69,7 @@ def step_errors(times: StepTimes) -> StepErrors:
         mape=_mape(times.predicted_s / times.measured_s),
         refitted_mape=_least_mape(times.refitted_s / times.measured_s),
         total=float(times.predicted_s.sum() / times.measured_s.sum() - 1),
+        slowdowns=times.slowdowns,
     )
 
 
