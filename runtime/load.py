@@ -217,10 +217,11 @@ class LoadClient:
         tail, whole = b"", bytearray()
         async for data in answer.content.iter_any():
             now_s = self._now_s()
-            if record.ttft_s is None:
+            pieces = data.count(b'"text"') + data.count(b'"delta"')
+            # Not before a token comes: routers send comments to keep a connection alive.
+            if pieces and record.ttft_s is None:
                 record.ttft_s = now_s - record.due_s
                 record.ttft_from_sent_s = now_s - record.sent_s
-            pieces = data.count(b'"text"') + data.count(b'"delta"')
             record.token_s += [now_s] * pieces
             tail = (tail + data)[-2048:]
             if returned is not None:

@@ -234,6 +234,20 @@ def recording(bodies: list[dict[str, Any]], **answer: Any) -> web.Application:
     return answering(complete)
 
 
+def test_a_comment_that_keeps_the_connection_alive_is_no_token() -> None:
+    async def complete(asked: web.Request) -> web.StreamResponse:
+        stream = web.StreamResponse()
+        await stream.prepare(asked)
+        await stream.write(b": keep-alive\n\n")
+        await asyncio.sleep(0.05)
+        await stream.write(b'data: {"choices":[{"text":"x","finish_reason":"length"}]}\n\n')
+        return stream
+
+    (record,) = sent(answering(complete), [due(0)])
+    assert record.ttft_from_sent_s is not None
+    assert record.ttft_from_sent_s >= 0.05
+
+
 class TestBody:
     def test_exact_lengths_are_asked_for_greedily(self):
         bodies: list[dict[str, Any]] = []
