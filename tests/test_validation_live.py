@@ -259,6 +259,13 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return folder, json.loads(done.stdout)
 
 
+def slower(times: Any, factor: float) -> Any:
+    """A profile's step times, multiplied."""
+    if isinstance(times, dict):
+        return {k: v if k == "sequences" else slower(v, factor) for k, v in times.items()}
+    return [slower(one, factor) for one in times] if isinstance(times, list) else times * factor
+
+
 @pytest.mark.slow
 class TestAgainstStubs:
     def test_every_request_is_answered_at_its_length(self, live: Any) -> None:
@@ -284,9 +291,20 @@ class TestAgainstStubs:
         workers = [one["worker"] for one in live[1]["steps"]]
         assert workers == ["accuracy r0", "accuracy r1", "ranking r0", "ranking r1"]
 
-    def test_with_the_steps_as_long_as_they_were_latency_is_nearly_right(self, live: Any) -> None:
-        (load,) = live[1]["loads"]
-        assert abs(load["at_speed"]["e2e_s"]) < 0.15  # what the stub's timers add
+    def test_a_profile_too_slow_by_half_is_right_at_the_workers_own_speed(
+        self, live: Any, tmp_path: Path
+    ) -> None:
+        out, file = tmp_path / "out", live[0] / "validation.yaml"
+        shutil.copytree(live[0] / "out", out)
+        profile = yaml.safe_load((out / "profiles/tiny.yaml").read_text())
+        profile["step_time"] = slower(profile["step_time"], 1.5)
+        (out / "profiles/tiny.yaml").write_text(yaml.safe_dump(profile))
+        viisim("validate", "--live", file, "--out", out, "--again")
+        before, (load,) = (
+            live[1]["loads"][0],
+            json.loads((out / "report.json").read_text())["loads"],
+        )
+        assert load["at_speed"]["e2e_s"] == pytest.approx(before["at_speed"]["e2e_s"], abs=0.01)
 
     def test_policies_are_ranked(self, live: Any) -> None:
         rows = live[1]["rankings"]["short"]["rows"]

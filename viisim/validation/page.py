@@ -166,7 +166,9 @@ def _what_ran(report: Report) -> Iterator[str]:
 _AT_SPEED = (
     "A machine is faster in some minutes than in others. The same errors once every worker's steps "
     "take, in each run, as many times what its profile says as they all together took there: one "
-    "number a worker and run, known only afterwards. What is left is not the machine's speed."
+    "number a worker and run, known only afterwards. It takes out the machine's speed, and with it "
+    "what is wrong with a profile as a whole; the rest is scheduling, queues and the way to the "
+    "engine."
 )
 
 
