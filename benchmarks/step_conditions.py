@@ -11,9 +11,9 @@ all places of both with sequences that decode, under these conditions in turns:
 - `ragged`: straight to them, lengths that differ and have the same mean.
 
 `step_ms` is the mean step with all places taken, over rounds and workers; `over_direct` its
-quotient by the same worker's of the same round, less one, with the 95 % interval of the mean over
-rounds. Rounds go through the conditions forwards and backwards, so that a machine that drifts does
-so under all of them.
+quotient by the same worker's of the same round, less one, with half the 95 % interval of the mean
+over rounds (its `seeds`). Rounds go through the conditions forwards and backwards, so that a
+machine that drifts does so under all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from scipy.stats import t as student
 
 from runtime.cluster import Planned, planned
 from runtime.live_calibration import running, send
@@ -39,6 +38,7 @@ from runtime.processes import Home
 from viisim.calibration.own_records import read_steps
 from viisim.config import load_experiment
 from viisim.errors import InputError
+from viisim.statistics import estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = ROOT / "experiments/validation/vllm_cpu_equal.yaml"
@@ -106,14 +106,6 @@ async def measure(rounds: int, home: Home) -> dict[str, Steps]:
     return found
 
 
-def over_direct(steps_s: Steps, direct_s: Steps) -> dict[str, float]:
-    """By how much longer, and the half of the 95 % interval."""
-    by_round = (np.array(steps_s) / np.array(direct_s) - 1).mean(axis=1)
-    rounds = len(by_round)
-    half = student.ppf(0.975, rounds - 1) * by_round.std(ddof=1) / rounds**0.5
-    return {"mean": round(float(by_round.mean()), 4), "plus_minus": round(float(half), 4)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=8, help="at least two")
@@ -126,7 +118,9 @@ def main() -> None:
     conditions = {
         name: {
             "step_ms": round(1e3 * float(np.mean(steps_s)), 2),
-            "over_direct": over_direct(steps_s, found[DIRECT]),
+            "over_direct": estimate(
+                (np.array(steps_s) / np.array(found[DIRECT]) - 1).mean(axis=1).tolist()
+            ),
         }
         for name, steps_s in found.items()
     }

@@ -1,8 +1,7 @@
 """viisim's own proxy in front of one worker that runs, as it will be when it is deployed.
 
-On a machine whose proxy has no core of its own, the workers' steps take longer behind it
-(`benchmarks/step_conditions.py` shows how much). A calibration for such a machine has to be behind
-it, too.
+On a machine whose proxy has no core of its own, it may take from the workers' (by how much,
+`benchmarks/step_conditions.py` says). A calibration for such a machine is behind it, too.
 """
 
 from __future__ import annotations
