@@ -256,13 +256,24 @@ def queue_e2e_s(load: float) -> float:
 
 
 def test_the_error_at_the_workers_own_speed_is_of_the_means_of_repetitions() -> None:
-    measured, at_speed = (answers(1.0), answers(3.0)), (answers(1.1), answers(3.3))
-    accuracy = compare(LoadRun(0.7, 1.0, measured, answers(1.0), at_speed))
-    assert accuracy.at_speed["e2e_s"] == pytest.approx(0.1)
+    measured, own = (answers(1.0), answers(3.0)), (answers(1.1), answers(3.3))
+    accuracy = compare(LoadRun(0.7, 1.0, measured, answers(1.0), at_own_speed=own))
+    assert accuracy.at_own_speed["e2e_s"] == pytest.approx(0.1)
+
+
+def test_steps_are_predicted_with_the_speed_of_the_probes() -> None:
+    errors = step_errors(replace(steps([1.0] * 5), as_probed=1.5))
+    assert (errors.mape, errors.total, errors.total_as_calibrated) == (0.5, 0.5, 0.0)
+
+
+def test_the_error_as_calibrated_is_against_the_mean_of_repetitions() -> None:
+    measured, calibrated = (answers(1.0), answers(3.0)), answers(1.5)
+    accuracy = compare(LoadRun(0.7, 1.0, measured, answers(1.0), as_calibrated=calibrated))
+    assert accuracy.as_calibrated["e2e_s"] == pytest.approx(-0.25)
 
 
 def test_without_steps_no_error_is_given_at_the_workers_own_speed() -> None:
-    assert not compare(LoadRun(0.7, 1.0, (answers(),), answers())).at_speed
+    assert not compare(LoadRun(0.7, 1.0, (answers(),), answers())).at_own_speed
 
 
 def test_without_any_answer_there_is_no_load_of_equal_e2e() -> None:

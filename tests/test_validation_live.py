@@ -13,13 +13,19 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from viisim.cli.app import app
-from viisim.cli.validate_live import Workers, experiments_of
+from viisim.cli.validate_live import Workers
 from viisim.config import experiment_from, load_experiment
 from viisim.errors import InputError
 from viisim.validation.config import load_validation
-from viisim.validation.judge import policy_differences
 from viisim.validation.measured import MeasuredRun, Part, measured_answers
-from viisim.validation.predict import closed_loop, closed_loop_per_s, requests_at, simulated
+from viisim.validation.parity import policy_differences
+from viisim.validation.predict import (
+    closed_loop,
+    closed_loop_per_s,
+    probe_of,
+    requests_at,
+    simulated,
+)
 
 ROOT = Path(__file__).parents[1]
 STUB = [sys.executable, str(ROOT / "tests/stub_recording_vllm.py")]
@@ -125,7 +131,7 @@ class TestFile:
         file = ROOT / f"experiments/validation/{name}.yaml"
         for quick in (False, True):
             config = load_validation(file, quick=quick)
-            assert [load_experiment(own).name for own in experiments_of(config).values()]
+            assert all(load_experiment(p.file, p.overrides) for p in config.parts.values())
 
     def test_a_worker_that_is_not_started_here_is_an_error(self, tmp_path: Path) -> None:
         content = experiment()
@@ -229,6 +235,12 @@ class TestRequests:
             present = (columns["arrived_ns"] <= now) & (columns["finished_ns"] > now)
             assert present.sum() <= 5
 
+    def test_a_probe_takes_half_the_places_twice(self) -> None:
+        places = sum(r.settings.max_num_seqs for r in self.CHANGED.simulated_replicas())
+        result = simulated(self.CHANGED, probe_of(self.CHANGED), seed=1)
+        arrived_ns = result.requests["arrived_ns"]
+        assert len(arrived_ns) == 2 * (arrived_ns == 0).sum() == places
+
     def test_slower_workers_have_a_smaller_capacity(self) -> None:
         whole = closed_loop_per_s(self.CHANGED, 200, 1)
         half = closed_loop_per_s(self.CHANGED, 200, 1, {"r0": 2.0, "r1": 2.0})
@@ -266,6 +278,16 @@ def slower(times: Any, factor: float) -> Any:
     return [slower(one, factor) for one in times] if isinstance(times, list) else times * factor
 
 
+def judged_with_slower_profile(folder: Path, out: Path, factor: float) -> Any:
+    """The report of the same measurements, copied to `out`."""
+    shutil.copytree(folder / "out", out)
+    profile = yaml.safe_load((out / "profiles/tiny.yaml").read_text())
+    profile["step_time"] = slower(profile["step_time"], factor)
+    (out / "profiles/tiny.yaml").write_text(yaml.safe_dump(profile))
+    viisim("validate", "--live", folder / "validation.yaml", "--out", out, "--again")
+    return json.loads((out / "report.json").read_text())
+
+
 @pytest.mark.slow
 class TestAgainstStubs:
     def test_every_request_is_answered_at_its_length(self, live: Any) -> None:
@@ -294,15 +316,22 @@ class TestAgainstStubs:
     def test_a_profile_too_slow_by_half_is_right_at_the_workers_own_speed(
         self, live: Any, tmp_path: Path
     ) -> None:
-        out, file = tmp_path / "out", live[0] / "validation.yaml"
-        shutil.copytree(live[0] / "out", out)
-        profile = yaml.safe_load((out / "profiles/tiny.yaml").read_text())
-        profile["step_time"] = slower(profile["step_time"], 1.5)
-        (out / "profiles/tiny.yaml").write_text(yaml.safe_dump(profile))
-        viisim("validate", "--live", file, "--out", out, "--again")
-        again = json.loads((out / "report.json").read_text())
-        errors = [one["loads"][0]["at_speed"]["e2e_s"] for one in (live[1], again)]
+        again = judged_with_slower_profile(live[0], tmp_path / "out", 1.5)
+        errors = [one["loads"][0]["at_own_speed"]["e2e_s"] for one in (live[1], again)]
         assert errors[1] == pytest.approx(errors[0], abs=0.01)
+
+    def test_probes_do_not_make_up_for_a_profile_that_is_wrong(
+        self, live: Any, tmp_path: Path
+    ) -> None:
+        again = judged_with_slower_profile(live[0], tmp_path / "out", 1.5)
+        before, after = (report["steps"][0] for report in (live[1], again))
+        assert after["as_probed"] == pytest.approx(before["as_probed"])
+        assert 1 + after["total"] == pytest.approx(1.5 * (1 + before["total"]))
+
+    def test_a_probe_goes_before_each_run_and_after_the_last(self, live: Any) -> None:
+        runs = Part(live[0] / "out/ranking").runs()
+        probed = [run.group == "probe" for run in runs if run.group != "warm-up"]
+        assert probed == [True, False] * 4 + [True]
 
     def test_policies_are_ranked(self, live: Any) -> None:
         rows = live[1]["rankings"]["short"]["rows"]

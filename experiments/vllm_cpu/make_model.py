@@ -42,6 +42,7 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(256, 1024, 4, 4, 2),  # 4 million parameters
     "s": Size(512, 2048, 8, 8, 2),  # 30
+    "m4": Size(1024, 4096, 4, 16, 4),  # 61
     "m": Size(1024, 4096, 8, 16, 4),  # 122
     "l": Size(1280, 5120, 16, 20, 4),  # 378
 }

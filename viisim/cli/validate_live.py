@@ -18,7 +18,7 @@ from viisim.errors import InputError
 
 if TYPE_CHECKING:
     from viisim.config import Experiment, ReplicaConfig
-    from viisim.validation.config import ValidationConfig
+    from viisim.validation.config import PartConfig, ValidationConfig
     from viisim.validation.judge import Measured
     from viisim.validation.report import Report
 
@@ -67,19 +67,11 @@ def _measured(config: ValidationConfig, folder: Path) -> Measured:
         raise InputError(f"{folder / ABOUT}: {error}; measure first, without --again") from None
     workers = Workers(config, folder / "profiles")
     experiments = {
-        name: load_experiment(experiment, workers.overrides(experiment))
-        for name, experiment in experiments_of(config).items()
+        name: load_experiment(part.file, workers.overrides(part))
+        for name, part in config.parts.items()
         if name in about["wall_s"]  # others were not measured to their end
     }
     return Measured(folder, config, experiments[ACCURACY], experiments.get(RANKING), about)
-
-
-def experiments_of(config: ValidationConfig) -> dict[str, Path]:
-    """The experiment's file of each part."""
-    found = {ACCURACY: config.accuracy.located(config.accuracy.experiment)}
-    if config.ranking is not None:
-        found[RANKING] = config.ranking.located(config.ranking.experiment)
-    return found
 
 
 class Workers:
@@ -98,13 +90,13 @@ class Workers:
         """By the name of their weights."""
         self.first: dict[str, tuple[Experiment, str]] = {}
         """By label: an experiment that has such a worker, and the first one's id."""
-        for file in experiments_of(config).values():
-            experiment = load_experiment(file)
+        for part in config.parts.values():
+            experiment = load_experiment(part.file, part.overrides)
             for replica_id, entry in experiment.numbered_replicas():
                 if entry.worker.kind != "vllm":
                     raise InputError(
-                        f"{file}: {replica_id}: worker.kind: {entry.worker.kind}; live validation "
-                        "starts the workers itself: give kind vllm"
+                        f"{part.file}: {replica_id}: worker.kind: {entry.worker.kind}; live "
+                        "validation starts the workers itself: give kind vllm"
                     )
                 label = self._label(entry)
                 self.first.setdefault(label, (experiment, replica_id))
@@ -123,13 +115,15 @@ class Workers:
         """Where the profile of such a worker is, or will be."""
         return (self._folder / f"{label}.yaml").absolute()
 
-    def overrides(self, file: Path) -> list[str]:
-        """What makes the experiment one with these profiles."""
+    def overrides(self, part: PartConfig) -> list[str]:
+        """What makes the part's experiment one with these profiles."""
         from viisim.config import load_experiment
 
+        replicas = load_experiment(part.file, part.overrides).cluster.replicas
+        profiles = [str(self.profile(self._label(entry))) for entry in replicas]
         return [
-            f"cluster.replicas.{index}.profile={json.dumps(str(self.profile(self._label(entry))))}"
-            for index, entry in enumerate(load_experiment(file).cluster.replicas)
+            *part.overrides,
+            *(f"cluster.replicas.{i}.profile={json.dumps(p)}" for i, p in enumerate(profiles)),
         ]
 
 
@@ -149,11 +143,7 @@ def _measure(file: Path, config: ValidationConfig, folder: Path, quick: bool, sa
             f"--out {folder}: holds something already; give another folder, or --again to judge "
             "what was measured there"
         )
-    workers, clock, experiments = (
-        Workers(config, folder / "profiles"),
-        Clock(),
-        experiments_of(config),
-    )
+    workers, clock = Workers(config, folder / "profiles"), Clock()
     for label, (experiment, replica_id) in workers.first.items():
         with clock.timing(f"calibrating {label}"):
             _calibrate(experiment, replica_id, label, workers.profile(label), say)
@@ -164,7 +154,7 @@ def _measure(file: Path, config: ValidationConfig, folder: Path, quick: bool, sa
     for name, measure in measuring.items():
         part = Part(folder / name)
         with clock.timing(name), Home(part.folder) as home:
-            run(measure(workers.overrides(experiments[name]), part, home, say))
+            run(measure(workers.overrides(config.parts[name]), part, home, say))
         about = {
             "file": file.name,
             "quick": quick,

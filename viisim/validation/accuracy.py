@@ -97,9 +97,10 @@ class LoadRun:
     measured: tuple[Answers, ...]
     """Repetitions."""
     simulated: Answers
-    at_speed: tuple[Answers, ...] = ()
-    """The same, simulated for each repetition with steps as long as they were, as `at_speed` of
-    `Accuracy` says."""
+    as_calibrated: Answers | None = None
+    """Simulated without what the probes say of the workers' speed."""
+    at_own_speed: tuple[Answers, ...] = ()
+    """Simulated for each repetition with steps as long as they were, as `Accuracy` says."""
     cpu: Cpu | None = None
     """Of the repetitions together."""
     equal_load: float | None = None
@@ -138,7 +139,9 @@ class Accuracy:
     requests: int
     repetitions: int
     rows: tuple[Row, ...]
-    at_speed: Mapping[str, float]
+    as_calibrated: Mapping[str, float]
+    """Errors of the mean latencies, had the probes not told of the workers' speed."""
+    at_own_speed: Mapping[str, float]
     """Errors of the mean latencies that are left once each worker's steps take, in each
     repetition, as many times what its profile says as they all together took: with the machine's
     speed given, what of scheduling, queues and the way to the engine is wrong."""
@@ -170,7 +173,8 @@ def compare(run: LoadRun) -> Accuracy:
         requests=len(run.simulated),
         repetitions=len(run.measured),
         rows=tuple(_rows(run)),
-        at_speed=dict(_errors_at_speed(run)),
+        as_calibrated=dict(_mean_errors(run, [run.as_calibrated] if run.as_calibrated else [])),
+        at_own_speed=dict(_mean_errors(run, run.at_own_speed)),
         cpu=run.cpu,
         equal_load=run.equal_load,
     )
@@ -188,13 +192,15 @@ def _rows(run: LoadRun) -> Iterator[Row]:
                 yield Row(metric.key, statistic, known, predicted, error, noise)
 
 
-def _errors_at_speed(run: LoadRun) -> Iterator[tuple[str, float]]:
+def _mean_errors(run: LoadRun, simulated: Sequence[Answers]) -> Iterator[tuple[str, float]]:
+    """Of the mean latencies over these simulated runs, where all runs have them."""
     for key in LATENCIES:
-        sides = [[METRICS[key].value(one, "mean") for one in run.at_speed]]
-        sides.append([METRICS[key].value(one, "mean") for one in run.measured])
-        ours, theirs = ([value for value in side if value is not None] for side in sides)
-        if len(ours) == len(theirs) == len(run.measured):
-            yield key, float(np.mean(ours) / np.mean(theirs) - 1)
+        ours, theirs = (
+            [METRICS[key].value(one, "mean") for one in side] for side in (simulated, run.measured)
+        )
+        known = [[value for value in side if value is not None] for side in (ours, theirs)]
+        if ours and known == [ours, theirs]:
+            yield key, float(np.mean(known[0]) / np.mean(known[1]) - 1)
 
 
 def _noise(metric: Metric, values: Sequence[float]) -> float | None:
@@ -235,8 +241,10 @@ class Capacity:
     """Such as requests/s."""
     repetitions: tuple[float, ...]
     predicted: float
-    predicted_at_speed: tuple[float, ...] = ()
-    """Each time, with the workers' own speed, as `Accuracy.at_speed` says."""
+    predicted_as_calibrated: float | None = None
+    """Without what the probes say of the workers' speed."""
+    predicted_at_own_speed: tuple[float, ...] = ()
+    """Each time, with the workers' own speed, as `Accuracy.at_own_speed` says."""
 
     @property
     def measured(self) -> float:
@@ -249,12 +257,18 @@ class Capacity:
         return self.predicted / self.measured - 1
 
     @property
-    def at_speed(self) -> float | None:
+    def as_calibrated(self) -> float | None:
+        """The error without the probes; None where that is not known."""
+        own = self.predicted_as_calibrated
+        return own / self.measured - 1 if own is not None else None
+
+    @property
+    def at_own_speed(self) -> float | None:
         """The error with the workers' own speed; None where that is not known."""
-        own = self.predicted_at_speed
+        own = self.predicted_at_own_speed
         return float(np.mean(own)) / self.measured - 1 if own else None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        found = {"measured": self.measured, "error": self.error, "at_speed": self.at_speed}
-        return asdict(self) | found
+        names = ("measured", "error", "as_calibrated", "at_own_speed")
+        return asdict(self) | {name: getattr(self, name) for name in names}

@@ -29,10 +29,22 @@ class FigureConfig(Strict):
     """Of this class's requests; None: of all."""
 
 
-class AccuracyConfig(Located):
-    """One policy at several loads: how far are predicted figures from measured ones?"""
+class PartConfig(Located):
+    """One deployment of an experiment."""
 
     experiment: str
+    overrides: tuple[str, ...] = Field(default=(), strict=False)
+    """`key.path=value`: what is changed in the experiment."""
+
+    @property
+    def file(self) -> Path:
+        """The experiment's, to open on this machine."""
+        return self.located(self.experiment)
+
+
+class AccuracyConfig(PartConfig):
+    """One policy at several loads: how far are predicted figures from measured ones?"""
+
     loads: tuple[Positive, ...] = Field(min_length=1, strict=False)
     """Fractions of the measured capacity."""
     repetitions: Annotated[int, Field(ge=2)] = 3
@@ -54,10 +66,9 @@ class RankedWorkload(Strict):
     workload: Annotated[WorkloadConfig, Field(discriminator="kind")]
 
 
-class RankingConfig(Located):
+class RankingConfig(PartConfig):
     """Several policies under the same traffic: does the simulator rank them as reality does?"""
 
-    experiment: str
     policies: tuple[PolicyConfig, ...] = Field(min_length=2, strict=False)
     workloads: tuple[RankedWorkload, ...] = Field(min_length=1, strict=False)
     repetitions: Count = 3
@@ -97,6 +108,14 @@ class ValidationConfig(Strict):
     ranking: RankingConfig | None = None
     quick: tuple[str, ...] = Field(default=(), strict=False)
     """`key.path=value`: what `--quick` changes."""
+
+    @property
+    def parts(self) -> dict[str, PartConfig]:
+        """By name, those that the file asks for."""
+        found: dict[str, PartConfig] = {"accuracy": self.accuracy}
+        if self.ranking is not None:
+            found["ranking"] = self.ranking
+        return found
 
 
 def label_of(policy: PolicyConfig) -> str:

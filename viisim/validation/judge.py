@@ -16,17 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from policies.interface import ConfigChanged
-from policies.journal import Segment
-from policies.registry import PolicySpec
-from viisim.calibration.fit import fit_steps
-from viisim.calibration.measurements import StepLog
-from viisim.calibration.own_records import read_steps
-from viisim.calibration.validate import predicted_s
 from viisim.capacity import work_rate_per_s
-from viisim.config import Experiment, SimulatedReplica
+from viisim.config import Experiment
 from viisim.errors import InputError
-from viisim.journal import JournalReader, ReplayReport, replay_journal
 from viisim.validation.accuracy import (
     Capacity,
     Cpu,
@@ -34,29 +26,17 @@ from viisim.validation.accuracy import (
     compare,
     load_at_equal_e2e,
 )
-from viisim.validation.answers import Answers, Floats, simulated_answers
-from viisim.validation.config import RankedWorkload, ValidationConfig, label_of
+from viisim.validation.answers import Answers
+from viisim.validation.config import RankedWorkload, RankingConfig, ValidationConfig, label_of
+from viisim.validation.deployment import Deployment
 from viisim.validation.figures import draw
 from viisim.validation.limits import FULL, QUICK
-from viisim.validation.measured import (
-    CAPACITY,
-    WARM_UP,
-    MeasuredRun,
-    Part,
-    PlannedRun,
-    measured_answers,
-    work_columns,
-)
-from viisim.validation.predict import (
-    closed_loop_per_s,
-    requests_at,
-    simulated,
-    with_policy,
-    with_workload,
-)
+from viisim.validation.measured import CAPACITY, MeasuredRun, work_columns
+from viisim.validation.parity import parity_of
+from viisim.validation.predict import closed_loop_per_s, with_policy, with_workload
 from viisim.validation.ranking import Figure, Ranking, rank
-from viisim.validation.report import Parity, Report, Setup, Stated, Worker
-from viisim.validation.steps import StepTimes, shared_drift, step_errors
+from viisim.validation.report import Report, Setup, Stated, Worker
+from viisim.validation.steps import shared_drift, step_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,36 +50,41 @@ class Measured:
     about: Mapping[str, Any]
     """The content of measured.json."""
 
-    def part(self, name: str) -> Part:
-        """One of its deployments."""
-        return Part(self.folder / name)
+    def deployments(self) -> dict[str, Deployment]:
+        """By name, those that were measured."""
+        experiments = {"accuracy": self.accuracy, "ranking": self.ranking}
+        return {
+            name: Deployment(name, experiment, self.folder / name)
+            for name, experiment in experiments.items()
+            if experiment is not None
+        }
 
 
 def judge(measured: Measured, command: str) -> Report:
     """Simulate what was measured, compare, and write report and figures into the folder."""
-    part = measured.part("accuracy")
-    runs = [run for run in part.runs() if run.group not in (CAPACITY, WARM_UP)]
-    capacity = _capacity(measured, part)
+    deployments = measured.deployments()
+    deployment, cores = deployments["accuracy"], measured.about["cores"]
+    runs = sorted(deployment.compared, key=lambda run: float(run.group))
     loads = [
-        _load_run(measured, part, float(group), list(own))
-        for group, own in groupby(sorted(runs, key=lambda run: float(run.group)), _group)
+        _load_run(deployment, float(group), list(own), cores)
+        for group, own in groupby(runs, _group)
     ]
     accuracies = [compare(run) for run in loads]
-    steps = [*_step_times("accuracy", measured.accuracy, part, runs), *_ranked_steps(measured)]
-    rankings, ranking_cpu = _rankings(measured)
+    steps = [times for own in deployments.values() for times in own.step_times()]
+    rankings, ranking_cpu = _rankings(measured.config.ranking, deployments.get("ranking"), cores)
     pictures = draw(measured.config.name, loads, accuracies, steps, measured.folder / "plots")
     report = Report(
         name=measured.config.name,
         command=command,
-        setup=_setup(measured),
+        setup=_setup(measured, deployments),
         limits=QUICK if measured.about["quick"] else FULL,
         calibration=tuple(_calibration(measured)),
-        capacities=(capacity,),
+        capacities=(_capacity(deployment),),
         loads=tuple(accuracies),
         steps=tuple(step_errors(times) for times in steps),
         step_drift=shared_drift(steps),
         rankings=rankings,
-        parity=_parity(measured),
+        parity=parity_of(list(deployments.values())),
         cpu=ranking_cpu,
         wall_s=measured.about["wall_s"],
         files=_FILES,
@@ -124,116 +109,9 @@ def _group(run: MeasuredRun) -> str:
     return run.group
 
 
-# --------------------------------------------------------------------------------------
-# Accuracy
-
-
-def _capacity(measured: Measured, part: Part) -> Capacity:
-    runs = [run for run in part.runs() if run.group == CAPACITY]
-    rows = [part.requests(run.name) for run in runs]
-    predicted = partial(closed_loop_per_s, measured.accuracy, len(rows[0]), runs[0].seed)
-    speeds = [_slowdowns(measured.accuracy, part, run) for run in runs]
-    return Capacity(
-        of="two workers" if len(_ids(measured.accuracy)) == 2 else "all workers",
-        unit="requests/s",
-        repetitions=tuple(work_rate_per_s(work_columns(each), CAPACITY) for each in rows),
-        predicted=predicted(),
-        predicted_at_speed=tuple(predicted(own) for own in speeds),
-    )
-
-
-def _load_run(measured: Measured, part: Part, load: float, runs: Sequence[MeasuredRun]) -> LoadRun:
-    """The repetitions of one load."""
-    experiment, first = measured.accuracy, runs[0]
-    capacity_per_s = first.rate_per_s / load  # as it was when the rates were chosen
-    answers = tuple(measured_answers(part, run, _ids(experiment)) for run in runs)
-
-    def predicted(rate_per_s: float) -> Answers:
-        # The same requests, closer together or further apart.
-        run_s = first.run_s * first.rate_per_s / rate_per_s
-        return _predicted(experiment, replace(first, rate_per_s=rate_per_s, run_s=run_s))
-
-    def mean_e2e_s(at: float) -> float:
-        return float(predicted(at * capacity_per_s).latencies("e2e_s").mean())
-
-    found = float(np.mean(np.concatenate([one.latencies("e2e_s") for one in answers])))
-    return LoadRun(
-        load=load,
-        rate_per_s=first.rate_per_s,
-        measured=answers,
-        simulated=predicted(first.rate_per_s),
-        at_speed=tuple(_at_speed(experiment, part, run) for run in runs),
-        cpu=_cpu(measured, runs),
-        equal_load=load_at_equal_e2e(found, mean_e2e_s, load) if load > FULL.low_load else None,
-    )
-
-
-def _predicted(
-    experiment: Experiment, run: PlannedRun, slowdowns: Mapping[str, float] | None = None
-) -> Answers:
-    requests = requests_at(experiment, run.rate_per_s, run.run_s, run.seed)
-    return simulated_answers(simulated(experiment, requests, run.seed, slowdowns))
-
-
-def _at_speed(experiment: Experiment, part: Part, run: MeasuredRun) -> Answers:
-    """The run simulated with the speed that each worker turned out to have in it."""
-    return _predicted(experiment, run, _slowdowns(experiment, part, run))
-
-
-def _slowdowns(experiment: Experiment, part: Part, run: MeasuredRun) -> dict[str, float]:
-    """How many times as long as its profile says each worker's steps took, all together."""
-    return {
-        replica.id: float(log.duration_s.sum() / predicted_s(log, replica.profile).sum())
-        for replica, _, log in _worked(experiment, part, [run])
-    }
-
-
-def _step_times(
-    name: str, experiment: Experiment, part: Part, runs: Sequence[MeasuredRun]
-) -> Iterator[StepTimes]:
-    """What each worker computed meanwhile, and what its profile says of it."""
-    by_run = [_slowdowns(experiment, part, run) for run in runs]
-    for replica, start_s, log in _worked(experiment, part, runs):
-        yield StepTimes(
-            worker=f"{name} {replica.id}",
-            start_s=start_s,
-            decodes=log.decodes,
-            measured_s=log.duration_s,
-            predicted_s=predicted_s(log, replica.profile),
-            refitted_s=fit_steps([log]).predict(log),
-            with_prefill=log.prefill_tokens > 0,
-            slowdowns=tuple(one[replica.id] for one in by_run if replica.id in one),
-        )
-
-
-def _worked(
-    experiment: Experiment, part: Part, runs: Sequence[MeasuredRun]
-) -> Iterator[tuple[SimulatedReplica, Floats, StepLog]]:
-    """The workers that computed anything during the runs: when their steps began, and the steps."""
-    for replica in experiment.simulated_replicas():
-        rows = part.steps(replica.id, runs)
-        rows = [row for row in rows if row["decode_seqs"] or row["prefill_tokens"]]
-        if rows:
-            log = read_steps(rows, part.steps_file(replica.id), "").steps
-            assert log is not None, "it was read from steps"
-            yield replica, np.array([row["start_s"] for row in rows]), log
-
-
-def _ranked_steps(measured: Measured) -> Iterator[StepTimes]:
-    """Those of the ranking's workers, which other ones may be."""
-    if measured.ranking is not None:
-        part = measured.part("ranking")
-        runs = [run for run in part.runs() if run.group != WARM_UP]
-        yield from _step_times("ranking", measured.ranking, part, runs)
-
-
-def _ids(experiment: Experiment) -> list[str]:
-    return [name for name, _ in experiment.numbered_replicas()]
-
-
-def _cpu(measured: Measured, runs: Sequence[MeasuredRun]) -> Cpu:
+def _cpu(runs: Sequence[MeasuredRun], cores: int) -> Cpu:
     """Shares of all cores' time while these runs lasted."""
-    core_s = measured.about["cores"] * sum(run.end_s - run.begin_s for run in runs)
+    core_s = cores * sum(run.end_s - run.begin_s for run in runs)
     return Cpu(
         client=sum(run.client_cpu_s for run in runs) / core_s,
         proxy=sum(run.proxy_cpu_s for run in runs) / core_s,
@@ -241,116 +119,107 @@ def _cpu(measured: Measured, runs: Sequence[MeasuredRun]) -> Cpu:
 
 
 # --------------------------------------------------------------------------------------
+# Accuracy
+
+
+def _capacity(deployment: Deployment) -> Capacity:
+    runs = deployment.of(CAPACITY)
+    rows = [deployment.part.requests(run.name) for run in runs]
+    predicted = partial(closed_loop_per_s, deployment.experiment, len(rows[0]), runs[0].seed)
+    return Capacity(
+        of="two workers" if len(deployment.ids) == 2 else "all workers",
+        unit="requests/s",
+        repetitions=tuple(work_rate_per_s(work_columns(each), CAPACITY) for each in rows),
+        predicted=predicted(deployment.as_probed),
+        predicted_as_calibrated=predicted(deployment.as_calibrated),
+        predicted_at_own_speed=tuple(predicted(deployment.own(run)) for run in runs),
+    )
+
+
+def _load_run(
+    deployment: Deployment, load: float, runs: Sequence[MeasuredRun], cores: int
+) -> LoadRun:
+    """The repetitions of one load."""
+    first = runs[0]
+    capacity_per_s = first.rate_per_s / load  # as it was when the rates were chosen
+    answers = tuple(deployment.measured(run) for run in runs)
+
+    def mean_e2e_s(at: float) -> float:
+        # The same requests, closer together or further apart.
+        rate_per_s = at * capacity_per_s
+        run_s = first.run_s * first.rate_per_s / rate_per_s
+        run = replace(first, rate_per_s=rate_per_s, run_s=run_s)
+        return float(deployment.predicted(run, deployment.as_probed).latencies("e2e_s").mean())
+
+    found = float(np.mean(np.concatenate([one.latencies("e2e_s") for one in answers])))
+    return LoadRun(
+        load=load,
+        rate_per_s=first.rate_per_s,
+        measured=answers,
+        simulated=deployment.predicted(first, deployment.as_probed),
+        as_calibrated=deployment.predicted(first, deployment.as_calibrated),
+        at_own_speed=tuple(deployment.predicted(run, deployment.own(run)) for run in runs),
+        cpu=_cpu(runs, cores),
+        equal_load=load_at_equal_e2e(found, mean_e2e_s, load) if load > FULL.low_load else None,
+    )
+
+
+# --------------------------------------------------------------------------------------
 # Ranking
 
 
-def _rankings(measured: Measured) -> tuple[dict[str, Ranking], dict[str, Cpu]]:
+def _rankings(
+    config: RankingConfig | None, deployment: Deployment | None, cores: int
+) -> tuple[dict[str, Ranking], dict[str, Cpu]]:
     """By workload."""
-    config = measured.config.ranking
-    if config is None or measured.ranking is None:
+    if config is None or deployment is None:
         return {}, {}
-    part = measured.part("ranking")
-    runs = part.runs()
     rankings, cpu = {}, {}
     for ranked in config.workloads:
-        own = [run for run in runs if run.group == ranked.name]
-        rankings[ranked.name] = _ranking(measured, measured.ranking, part, ranked, own)
-        cpu[ranked.name] = _cpu(measured, own)
+        own = deployment.of(ranked.name)
+        rankings[ranked.name] = _ranking(config, deployment, ranked, own)
+        cpu[ranked.name] = _cpu(own, cores)
     return rankings, cpu
 
 
 def _ranking(
-    measured: Measured,
-    experiment: Experiment,
-    part: Part,
+    config: RankingConfig,
+    deployment: Deployment,
     ranked: RankedWorkload,
     runs: Sequence[MeasuredRun],
 ) -> Ranking:
-    assert measured.config.ranking is not None
-    policies = measured.config.ranking.policies
-    changed = [with_policy(with_workload(experiment, ranked.workload), one) for one in policies]
+    traffic = with_workload(deployment.experiment, ranked.workload)
+    changed = [with_policy(traffic, policy) for policy in config.policies]
     own = [[run for run in runs if run.policy == one.policy.spec] for one in changed]
     whole = min(map(len, own))  # repetitions that every policy has
     if not whole:
         raise InputError(
-            f"{part.folder}: {ranked.name}: not every policy of the file was measured; measure "
-            "again, or leave in the file those that were"
+            f"{deployment.part.folder}: {ranked.name}: not every policy of the file was measured; "
+            "measure again, or leave in the file those that were"
         )
-    real, predicted, at_speed = {}, {}, {}
-    for policy, under, its_runs in zip(policies, changed, own, strict=True):
+    real: dict[str, list[Answers]] = {}
+    predicted: dict[str, list[Answers]] = {}
+    as_calibrated: dict[str, list[Answers]] = {}
+    at_own_speed: dict[str, list[Answers]] = {}
+    for policy, under, its_runs in zip(config.policies, changed, own, strict=True):
         label, kept = label_of(policy), its_runs[:whole]
-        real[label] = [measured_answers(part, run, _ids(experiment)) for run in kept]
-        predicted[label] = [_predicted(under, run) for run in kept]
-        at_speed[label] = [_at_speed(under, part, run) for run in kept]
+        real[label] = [deployment.measured(run) for run in kept]
+        for found, speed in (
+            (predicted, lambda _: deployment.as_probed),
+            (as_calibrated, lambda _: deployment.as_calibrated),
+            (at_own_speed, deployment.own),
+        ):
+            found[label] = [deployment.predicted(run, speed(run), under) for run in kept]
     judged = ranked.judged_by
     figure = Figure(judged.metric, judged.statistic, judged.traffic_class)
-    return rank(figure, real, predicted, at_speed)
-
-
-# --------------------------------------------------------------------------------------
-# Parity
-
-
-def _parity(measured: Measured) -> Parity:
-    """Every journal through fresh cores, and the policies in it beside those simulated."""
-    reports: list[tuple[str, ReplayReport]] = []
-    unlike: list[str] = []
-    names = ["accuracy", *(["ranking"] if measured.ranking is not None else [])]
-    for name in names:
-        part = measured.part(name)
-        files = sorted(part.journal.glob("*.jsonl"))
-        reports += [(name, replay_journal(file, trust=True)) for file in files]
-        simulated = [_simulated_policy(measured, name, run) for run in part.runs()]
-        unlike += policy_differences(_policies_in(files), simulated)
-    return Parity(
-        journals=len(reports),
-        events=sum(report.events for _, report in reports),
-        actions=sum(report.actions for _, report in reports),
-        differences=tuple(f"{name}/{report}" for name, report in reports if not report.equal),
-        policy_differences=tuple(unlike),
-    )
-
-
-def _simulated_policy(measured: Measured, part: str, run: MeasuredRun) -> PolicySpec:
-    """Of a run of the ranking it is the run's own, by which the run is found."""
-    return run.policy if part == "ranking" else measured.accuracy.policy.spec
-
-
-def _policies_in(files: Sequence[Path]) -> list[PolicySpec]:
-    """The policies that a deployment was scheduled by, in their order."""
-    found: list[PolicySpec] = []
-    for file in files:
-        for _, line in JournalReader(file):
-            if isinstance(line, Segment):
-                found.append(line.policy)
-            elif isinstance(line.event, ConfigChanged) and line.event.policy is not None:
-                found.append(line.event.policy)
-    return _changes(found)
-
-
-def _changes(policies: Sequence[PolicySpec]) -> list[PolicySpec]:
-    return [policy for policy, _ in groupby(policies)]
-
-
-def policy_differences(
-    deployed: Sequence[PolicySpec], planned: Sequence[PolicySpec]
-) -> Iterator[str]:
-    """Where the policies of a deployment's journal, in their order, are not those that its runs
-    are simulated under."""
-    wanted = _changes(planned)
-    if len(deployed) != len(wanted):
-        yield f"{len(deployed)} policies were deployed in turn, {len(wanted)} were to be"
-    for number, (one, other) in enumerate(zip(deployed, wanted, strict=False), start=1):
-        if one != other:
-            yield f"policy {number}: deployed {one}, simulated {other}"
+    return rank(figure, real, predicted, as_calibrated, at_own_speed)
 
 
 # --------------------------------------------------------------------------------------
 # What ran
 
 
-def _setup(measured: Measured) -> Setup:
-    experiments = {"accuracy": measured.accuracy, "ranking": measured.ranking}
+def _setup(measured: Measured, deployments: Mapping[str, Deployment]) -> Setup:
     workers = tuple(
         Worker(
             id=f"{name} {replica.id}",
@@ -358,10 +227,11 @@ def _setup(measured: Measured) -> Setup:
             cores=entry.device or replica.profile.device,
             held_out_error=replica.profile.held_out_error or {},
         )
-        for name, experiment in experiments.items()
-        if experiment is not None
+        for name, deployment in deployments.items()
         for replica, (_, entry) in zip(
-            experiment.simulated_replicas(), experiment.numbered_replicas(), strict=True
+            deployment.experiment.simulated_replicas(),
+            deployment.experiment.numbered_replicas(),
+            strict=True,
         )
     )
     profile = measured.accuracy.simulated_replicas()[0].profile

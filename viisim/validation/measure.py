@@ -1,4 +1,9 @@
-"""Which runs a validation measures, one after the other, on deployments of real workers."""
+"""Which runs a validation measures, one after the other, on deployments of real workers.
+
+Before each run, and after the last, goes a probe: a few seconds of work, always the same, whose
+steps show how fast the workers are by then. A machine that was fast while it was calibrated may be
+slow an hour later, and what is to be judged is the simulator.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +17,26 @@ from runtime.processes import Home
 from viisim.capacity import work_rate_per_s
 from viisim.config import Experiment, load_experiment
 from viisim.validation.config import AccuracyConfig, RankingConfig
-from viisim.validation.measured import CAPACITY, WARM_UP, Part, PlannedRun, work_columns
+from viisim.validation.measured import (
+    CAPACITY,
+    PROBE,
+    WARM_UP,
+    MeasuredRun,
+    Part,
+    PlannedRun,
+    work_columns,
+)
 from viisim.validation.predict import (
     capacity_under_backlog_per_s,
     closed_loop,
+    probe_of,
     requests_at,
     requests_of_capacity,
     users_of,
     with_policy,
     with_workload,
 )
+from viisim.workload.request import Request
 
 
 async def measure_accuracy(
@@ -30,15 +45,15 @@ async def measure_accuracy(
     """Find the capacity, then send one list a load, several times; the loads, and the capacity
     again, take turns, so that a machine that drifts does so under all. Raises InputError, as
     `deployed`."""
-    file = config.located(config.experiment)
-    experiment = load_experiment(file, overrides)
+    experiment = load_experiment(config.file, overrides)
     policy, seed = experiment.policy.spec, experiment.seeds[0]
-    async with deployed(file, overrides, part, home, say) as served:
-        await _warm_up(served, part, experiment)
-        rate_per_s = await _capacity_per_s(config, experiment, served, part, 0, say)
+    async with deployed(config.file, overrides, part, home, say) as served:
+        workers = _Workers(served, part, experiment, say)
+        await workers.warm_up()
+        rate_per_s = await _capacity_per_s(config, workers, 0)
         for repetition in range(config.repetitions):
             if 0 < repetition < config.capacity_runs:
-                await _capacity_per_s(config, experiment, served, part, repetition, say)
+                await _capacity_per_s(config, workers, repetition)
             runs = [
                 PlannedRun(
                     name=f"load-{load:g}.{repetition}",
@@ -51,25 +66,20 @@ async def measure_accuracy(
                 for index, load in enumerate(config.loads)
             ]
             say(f"repetition {repetition + 1} of {config.repetitions}")
-            await _measure_all(served, part, [(run, experiment) for run in runs], say)
+            await workers.measure_all([(run, experiment) for run in runs])
+        await workers.probe()
 
 
-async def _capacity_per_s(
-    config: AccuracyConfig,
-    experiment: Experiment,
-    served: Served,
-    part: Part,
-    repetition: int,
-    say: Say,
-) -> float:
+async def _capacity_per_s(config: AccuracyConfig, workers: _Workers, repetition: int) -> float:
     """Requests a second of the closed loop, this time."""
+    experiment = workers.experiment
     users, seed = users_of(experiment), experiment.seeds[0]
     count = requests_of_capacity(experiment, config.run_s)
-    name, policy = f"{CAPACITY}.{repetition}", experiment.policy.spec
-    run = PlannedRun(name, CAPACITY, policy, seed, 0.0, 0.0)
-    await measured(served, part, run, closed_loop(experiment, users, count, seed))
-    rate_per_s = work_rate_per_s(work_columns(part.requests(name)), name)
-    say(f"capacity: {rate_per_s:.3g} requests/s, {users} users, {count} requests")
+    name = f"{CAPACITY}.{repetition}"
+    run = PlannedRun(name, CAPACITY, experiment.policy.spec, seed, 0.0, 0.0)
+    await workers.measure(run, closed_loop(experiment, users, count, seed))
+    rate_per_s = work_rate_per_s(work_columns(workers.part.requests(name)), name)
+    workers.say(f"capacity: {rate_per_s:.3g} requests/s, {users} users, {count} requests")
     return rate_per_s
 
 
@@ -78,8 +88,7 @@ async def measure_ranking(
 ) -> None:
     """Send each workload under every policy; in each repetition they take turns in another order.
     Raises InputError, as `deployed`."""
-    file = config.located(config.experiment)
-    experiment = load_experiment(file, overrides)
+    experiment = load_experiment(config.file, overrides)
     runs = []
     for ranked in config.workloads:
         changed = with_workload(experiment, ranked.workload)
@@ -92,28 +101,51 @@ async def measure_ranking(
                 run = PlannedRun(name, ranked.name, own.policy.spec, seed, rate_per_s, config.run_s)
                 runs.append((repetition, run, own))
     runs.sort(key=itemgetter(0))  # workloads take turns, too
-    async with deployed(file, overrides, part, home, say) as served:
-        await _warm_up(served, part, experiment)
-        await _measure_all(served, part, [(run, own) for _, run, own in runs], say)
+    async with deployed(config.file, overrides, part, home, say) as served:
+        workers = _Workers(served, part, experiment, say)
+        await workers.warm_up()
+        await workers.measure_all([(run, own) for _, run, own in runs])
+        await workers.probe()
 
 
-async def _warm_up(served: Served, part: Part, experiment: Experiment) -> None:
-    """Fill every place once. A server's very first requests take seconds, so a few go ahead."""
-    everybody, seed = users_of(experiment), experiment.seeds[-1] + 1
-    for number, users in enumerate((2 * len(experiment.numbered_replicas()), everybody)):
-        name, policy = f"{WARM_UP}.{number}", experiment.policy.spec
-        run = PlannedRun(name, WARM_UP, policy, seed + number, 0.0, 0.0)
-        await measured(served, part, run, closed_loop(experiment, users, users, run.seed))
+class _Workers:
+    """Those of a deployment, who are sent one run after the other."""
 
+    def __init__(self, served: Served, part: Part, experiment: Experiment, say: Say) -> None:
+        self._served = served
+        self._probes = 0
+        self.part = part
+        self.experiment = experiment
+        self.say = say
 
-async def _measure_all(
-    served: Served, part: Part, runs: Sequence[tuple[PlannedRun, Experiment]], say: Say
-) -> None:
-    """Send the requests of each run, which the experiment has at the run's rate."""
-    for number, (planned, experiment) in enumerate(runs, start=1):
-        requests = requests_at(experiment, planned.rate_per_s, planned.run_s, planned.seed)
-        run = await measured(served, part, planned, requests)
-        say(
-            f"{number} of {len(runs)}: {run.name}: {len(requests)} requests, "
-            f"{run.end_s - run.begin_s:.0f} s"
-        )
+    async def warm_up(self) -> None:
+        """Fill every place once. A server's very first requests take seconds, so a few go ahead."""
+        everybody, seed = users_of(self.experiment), self.experiment.seeds[-1] + 1
+        few = 2 * len(self.experiment.numbered_replicas())
+        for number, users in enumerate((few, everybody)):
+            name, policy = f"{WARM_UP}.{number}", self.experiment.policy.spec
+            run = PlannedRun(name, WARM_UP, policy, seed + number, 0.0, 0.0)
+            requests = closed_loop(self.experiment, users, users, run.seed)
+            await measured(self._served, self.part, run, requests)
+
+    async def probe(self) -> None:
+        """See how fast the workers are."""
+        name, policy = f"{PROBE}.{self._probes}", self.experiment.policy.spec
+        run = PlannedRun(name, PROBE, policy, 0, 0.0, 0.0)
+        await measured(self._served, self.part, run, probe_of(self.experiment))
+        self._probes += 1
+
+    async def measure(self, planned: PlannedRun, requests: Sequence[Request]) -> MeasuredRun:
+        """A probe, and the run."""
+        await self.probe()
+        return await measured(self._served, self.part, planned, requests)
+
+    async def measure_all(self, runs: Sequence[tuple[PlannedRun, Experiment]]) -> None:
+        """Send the requests of each run, which the experiment has at the run's rate."""
+        for number, (planned, experiment) in enumerate(runs, start=1):
+            requests = requests_at(experiment, planned.rate_per_s, planned.run_s, planned.seed)
+            run = await self.measure(planned, requests)
+            self.say(
+                f"{number} of {len(runs)}: {run.name}: {len(requests)} requests, "
+                f"{run.end_s - run.begin_s:.0f} s"
+            )

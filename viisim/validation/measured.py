@@ -26,8 +26,8 @@ from viisim.validation.answers import Answers, between_tokens_s
 
 Row: TypeAlias = dict[str, Any]
 
-WARM_UP, CAPACITY = "warm-up", "capacity"
-"""Runs of a part before those that are compared."""
+WARM_UP, PROBE, CAPACITY = "warm-up", "probe", "capacity"
+"""Groups of a part's runs beside those that are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +80,16 @@ class Part:
 
     def runs(self) -> list[MeasuredRun]:
         """Those that are over, in their order. Raises InputError where there are none."""
-        return [MeasuredRun(**row) for row in _rows(self._runs)]
+        return [MeasuredRun(**row) for row in rows_of(self._runs)]
 
     def requests(self, name: str) -> list[Row]:
         """A run's request records in order of arrival. Raises InputError where there are none."""
-        return sorted(_rows(self.requests_file(name)), key=lambda row: float(row["due_s"]))
+        return sorted(rows_of(self.requests_file(name)), key=lambda row: float(row["due_s"]))
 
     def steps(self, replica_id: str, runs: Sequence[MeasuredRun]) -> list[Row]:
         """The steps that a worker began during these runs. Raises InputError, as `runs`."""
         if replica_id not in self._steps:
-            self._steps[replica_id] = _rows(self.steps_file(replica_id))
+            self._steps[replica_id] = rows_of(self.steps_file(replica_id))
         return [
             row
             for row in self._steps[replica_id]
@@ -97,7 +97,8 @@ class Part:
         ]
 
 
-def _rows(file: Path) -> list[Row]:
+def rows_of(file: Path) -> list[Row]:
+    """The lines of a file of measurements. Raises InputError where there is none."""
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:

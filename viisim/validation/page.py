@@ -20,9 +20,11 @@ from viisim.validation.ranking import (
     Ranking,
     Verdict,
 )
+from viisim.validation.steps import StepErrors
 
 if TYPE_CHECKING:
-    from viisim.validation.report import Parity, Report
+    from viisim.validation.parity import Parity
+    from viisim.validation.report import Report
 
 CPU_SHARE = 0.05
 """Client and proxy should have less of the CPU: what they take, the workers lack."""
@@ -66,6 +68,8 @@ _HOW_TO_READ = """\
   for as long as the run lasts: latency is reported and not judged.
 - Below the capacity throughput follows the arrivals, and an error of it says little; above, it is
   what the workers can do.
+- A simulation takes its steps' times from the profile and the probes. The policies in it plan with
+  the profile alone, as those that were deployed did.
 - Steps scatter, on some machines more than on others. A profile of the same form, fitted to the
   very steps that are judged and scaled as is best for them, still has the error that stands beside
   the profile's own. A correlation between workers near 1 says that much of what is left is how fast
@@ -163,13 +167,17 @@ def _what_ran(report: Report) -> Iterator[str]:
         )
 
 
-_AT_SPEED = (
-    "A machine is faster in some minutes than in others. The same errors once every worker's steps "
-    "take, in each run, as many times what its profile says as they all together took there: one "
-    "number a worker and run, known only afterwards. It takes out the machine's speed, and with it "
-    "what is wrong with a profile as a whole; the rest is scheduling, queues and the way to the "
-    "engine."
-)
+_SPEED = """\
+A machine is faster in some minutes than in others. Errors here and above are with the workers'
+speed *as probed*: a few seconds of work, always the same, before each run and after the last, tell
+how many times as long steps take as they did when the workers were calibrated; one number a worker
+for all runs ("Step times" has them). What else could have been assumed:
+
+- *as calibrated*: the profiles alone, as if every hour were like that of the calibration.
+- *their own speed*: in each run, steps take as many times what the profile says as they all
+  together took there. Known only afterwards, so no prediction. It takes out the machine's speed,
+  and with it what is wrong with a profile as a whole; the rest is scheduling, queues and the way to
+  the engine."""
 
 
 def _accuracy(report: Report) -> Iterator[str]:
@@ -192,12 +200,19 @@ def _accuracy(report: Report) -> Iterator[str]:
             cells.append(f"{_percent(row.error)} ({_size(row.noise)})" if row else "–")
         rows.append([*cells, _percent(one.load_error)])
     yield table(["load", "requests/s", "requests", *labels, "load at equal E2E"], rows)
-    yield _AT_SPEED
+    yield _SPEED
+    speeds = {
+        "as calibrated": [one.as_calibrated for one in report.loads],
+        "their own speed": [one.at_own_speed for one in report.loads],
+    }
     yield table(
-        ["load", *(f"mean {METRICS[key].label}" for key in LATENCIES)],
         [
-            [f"{one.load:g}", *(_percent(one.at_speed.get(key)) for key in LATENCIES)]
-            for one in report.loads
+            "load",
+            *(f"mean {METRICS[key].label}, {speed}" for speed in speeds for key in LATENCIES),
+        ],
+        [
+            [f"{one.load:g}", *(_percent(e.get(key)) for e in errors for key in LATENCIES)]
+            for one, *errors in zip(report.loads, *speeds.values(), strict=True)
         ],
     )
     for one in report.loads:
@@ -244,7 +259,8 @@ def _policy_table(ranking: Ranking) -> str:
             "95% interval",
             "simulated",
             "error",
-            "at the workers' own speed",
+            "as calibrated",
+            "their own speed",
             "without an answer",
         ],
         [
@@ -254,7 +270,8 @@ def _policy_table(ranking: Ranking) -> str:
                 f"{_amount('s', row.interval[0])} to {_amount('s', row.interval[1])}",
                 _amount("s", row.simulated),
                 _percent(row.error),
-                _percent(row.at_speed),
+                _percent(row.as_calibrated),
+                _percent(row.at_own_speed),
                 str(row.failed),
             ]
             for row in sorted(ranking.rows, key=lambda row: row.measured)
@@ -294,12 +311,13 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
                 ", ".join(map(number, one.repetitions)),
                 number(one.predicted),
                 f"{one.error:+.1%}",
-                _percent(one.at_speed),
+                _percent(one.as_calibrated),
+                _percent(one.at_own_speed),
             ]
             for one in report.capacities
         ]
-        headings = ["", "measured", "each time", "predicted", "error", "at the workers' own speed"]
-        yield table(headings, rows)
+        headings = ["", "measured", "each time", "predicted", "error"]
+        yield table([*headings, "as calibrated", "their own speed"], rows)
     if report.steps:
         yield "## Step times"
         rows = [
@@ -309,7 +327,9 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
                 f"{one.mape:.1%}",
                 f"{one.refitted_mape:.1%}",
                 f"{one.total:+.1%}",
-                f"{min(one.slowdowns):.2f} to {max(one.slowdowns):.2f}" if one.slowdowns else "–",
+                f"{one.total_as_calibrated:+.1%}",
+                _probed(one),
+                f"{min(one.by_run):.2f} to {max(one.by_run):.2f}" if one.by_run else "–",
             ]
             for one in report.steps
         ]
@@ -319,7 +339,9 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
             "mean size of a step's error",
             "of a fit to these very steps",
             "all steps",
-            "measured over predicted, by run",
+            "as calibrated",
+            "probed: times as long",
+            "in the runs, by run",
         ]
         yield table(headings, rows)
     if report.step_drift is not None:
@@ -327,6 +349,12 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
             "How slow steps are beside others of as many sequences, in means over ten seconds, "
             f"correlates by {report.step_drift:.2f} between the workers of a machine."
         )
+
+
+def _probed(errors: StepErrors) -> str:
+    if errors.as_probed_error is None:
+        return "–"
+    return f"{errors.as_probed:.3f} ± {errors.as_probed_error:.3f} ({len(errors.probes)} probes)"
 
 
 def _parity(parity: Parity | None) -> Iterator[str]:

@@ -13,10 +13,22 @@ from viisim.errors import InputError
 from viisim.experiment import replica_specs
 from viisim.records import SeedResult
 from viisim.simulation import Simulation
+from viisim.workload.config import SyntheticWorkload
 from viisim.workload.request import Request
 
 _USERS_PER_PLACE = 2
 """Of the closed loop that finds the capacity: as many wait as are served."""
+_PROBE_TURNS = 2
+_PROBE = SyntheticWorkload.model_validate(
+    {
+        "kind": "synthetic",
+        "rate_per_s": 1.0,
+        "requests": 10_000,
+        "prompt_tokens": {0: 16, 100: 160},
+        "output_tokens": 32,
+    }
+)
+"""Short, so that it costs seconds, and of several lengths, as batches have."""
 
 
 def simulated(
@@ -108,6 +120,13 @@ def users_of(experiment: Experiment) -> int:
     """Of the closed loop that finds the capacity: twice as many as the engines have places."""
     places = sum(replica.settings.max_num_seqs for replica in experiment.simulated_replicas())
     return _USERS_PER_PLACE * places
+
+
+def probe_of(experiment: Experiment) -> list[Request]:
+    """A few seconds of work, always the same: half of the engines' places are taken, twice. How
+    long its steps take tells how fast the workers are just then."""
+    users = users_of(experiment) // (2 * _USERS_PER_PLACE)
+    return closed_loop(with_workload(experiment, _PROBE), users, _PROBE_TURNS * users, seed=0)
 
 
 def closed_loop(experiment: Experiment, users: int, requests: int, seed: int) -> list[Request]:

@@ -103,8 +103,10 @@ class Row:
     simulated: float
     error: float
     """Of the simulated figure, relative to the measured one."""
-    at_speed: float | None
-    """The same with the workers' own speed in each run, as `Accuracy.at_speed`."""
+    as_calibrated: float | None
+    at_own_speed: float | None
+    """The same without what the probes say, and with the workers' own speed in each run, as of
+    `Accuracy`."""
     failed: int
     """Requests that the real workers left without a whole answer."""
 
@@ -202,11 +204,13 @@ def rank(
     figure: Figure,
     measured: Mapping[str, Sequence[Answers]],
     simulated: Mapping[str, Sequence[Answers]],
-    at_speed: Mapping[str, Sequence[Answers]] | None = None,
+    as_calibrated: Mapping[str, Sequence[Answers]] | None = None,
+    at_own_speed: Mapping[str, Sequence[Answers]] | None = None,
     rng_seed: int = 0,
 ) -> Ranking:
     """Rank policies by their repetitions, which have the same request lists in the same order.
-    `at_speed` are the same simulated with the workers' own speed, which no rank depends on.
+    `as_calibrated` and `at_own_speed` are the same simulated otherwise, as `Accuracy` says, on
+    which no rank depends.
 
     Measured requests are paired by id. One that is missing under a policy counts as failed there:
     a session that broke off. Raises InputError if the policies or their runs do not match.
@@ -218,6 +222,10 @@ def rank(
     draws = _draws(table.blocks, np.random.default_rng(rng_seed))
     samples = [_resampled(figure, values, table.block, draws) for values in table.values_s]
     picked, best = min(guess, key=guess.__getitem__), min(known, key=known.__getitem__)
+
+    def error(policy: str, runs: Mapping[str, Sequence[Answers]] | None) -> float | None:
+        return figure.of(runs[policy]) / known[policy] - 1 if runs else None
+
     regrets = samples[list(known).index(picked)] / np.min(samples, axis=0) - 1
     return Ranking(
         figure=figure,
@@ -228,7 +236,8 @@ def rank(
                 interval=_interval(samples[index]),
                 simulated=guess[policy],
                 error=guess[policy] / known[policy] - 1,
-                at_speed=figure.of(at_speed[policy]) / known[policy] - 1 if at_speed else None,
+                as_calibrated=error(policy, as_calibrated),
+                at_own_speed=error(policy, at_own_speed),
                 failed=int(table.failed[index].sum()),
             )
             for index, policy in enumerate(known)

@@ -7,7 +7,7 @@ files lie, it says for each part; it reads none of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,6 +22,7 @@ from viisim.validation.limits import (
     step_checks,
 )
 from viisim.validation.page import headline, page
+from viisim.validation.parity import Parity
 from viisim.validation.ranking import (
     FAILED,
     INCONCLUSIVE,
@@ -64,28 +65,6 @@ class Stated:
     what: str
     value: float
     unit: str
-
-
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """Whether what was deployed decides as what was simulated does."""
-
-    journals: int
-    events: int
-    actions: int
-    differences: tuple[str, ...] = ()
-    """Of the deployments' journals, replayed by fresh cores: an entry a journal that differs."""
-    policy_differences: tuple[str, ...] = ()
-    """Between the policies that were simulated and those that were deployed, in words."""
-
-    def checks(self) -> Iterator[Check]:
-        """Nothing may differ."""
-        why = "one core, the same decisions"
-        for what, found in (
-            ("journals that replay otherwise", self.differences),
-            ("policies unlike the simulated", self.policy_differences),
-        ):
-            yield Check("parity", what, len(found), 0.0, why, not found, "count")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from viisim.statistics import estimate
 from viisim.validation.answers import Floats
 
 _SPAN_S = 10.0
@@ -23,7 +24,8 @@ _FEWEST_SPANS = 10
 @dataclass(frozen=True, slots=True, eq=False)
 class StepTimes:
     """Recorded steps of one worker, and what the profile says of the same batches. No profile was
-    fitted to any of them: it is of an earlier start of the worker."""
+    fitted to any of them: it is of an earlier start of the worker. How many times as long as the
+    profile says its steps take, is its slowdown."""
 
     worker: str
     """As the report names it."""
@@ -32,17 +34,27 @@ class StepTimes:
     decodes: NDArray[np.int64]
     """Sequences that a step decodes."""
     measured_s: Floats
-    predicted_s: Floats
+    calibrated_s: Floats
+    """What the profile says."""
     refitted_s: Floats
     """What a profile of the same form says that is fitted to these very steps."""
     with_prefill: NDArray[np.bool_]
-    slowdowns: tuple[float, ...] = ()
-    """Of each run: how many times what the profile says its steps took, all together."""
+    probes: tuple[float, ...] = ()
+    """The slowdown in each probe between the runs."""
+    as_probed: float = 1.0
+    """In all probes together: what predictions are made with."""
+    by_run: tuple[float, ...] = ()
+    """What it turned out to be in each run."""
+
+    @property
+    def predicted_s(self) -> Floats:
+        """With the speed of the probes."""
+        return self.as_probed * self.calibrated_s
 
 
 @dataclass(frozen=True, slots=True)
 class StepErrors:
-    """How far the step times are off."""
+    """How far the predicted step times are off."""
 
     worker: str
     steps: int
@@ -53,8 +65,17 @@ class StepErrors:
     form may leave at best."""
     total: float
     """Relative error of the sum of all, signed."""
-    slowdowns: tuple[float, ...] = ()
-    """As those of `StepTimes`."""
+    total_as_calibrated: float
+    """The same of the profile alone, without the probes."""
+    probes: tuple[float, ...] = ()
+    as_probed: float = 1.0
+    by_run: tuple[float, ...] = ()
+    """These three as those of `StepTimes`."""
+
+    @property
+    def as_probed_error(self) -> float | None:
+        """Half the 95% interval of `as_probed`, as far as probes tell; None for fewer than two."""
+        return estimate(self.probes)["half_width"]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -68,9 +89,16 @@ def step_errors(times: StepTimes) -> StepErrors:
         steps=times.measured_s.size,
         mape=_mape(times.predicted_s / times.measured_s),
         refitted_mape=_least_mape(times.refitted_s / times.measured_s),
-        total=float(times.predicted_s.sum() / times.measured_s.sum() - 1),
-        slowdowns=times.slowdowns,
+        total=_total_error(times.predicted_s, times.measured_s),
+        total_as_calibrated=_total_error(times.calibrated_s, times.measured_s),
+        probes=times.probes,
+        as_probed=times.as_probed,
+        by_run=times.by_run,
     )
+
+
+def _total_error(predicted_s: Floats, measured_s: Floats) -> float:
+    return float(predicted_s.sum() / measured_s.sum() - 1)
 
 
 def _mape(ratios: Floats) -> float:
