@@ -170,6 +170,12 @@ class TestALoneRequest:
         result, _ = played([asked(10, prompt_tokens=600)])
         assert instants_ms(result)["started"] == 6 + 600 * 0.02
 
+    def test_a_shorter_prompt_overtakes_none_that_was_sent_before_it(self) -> None:
+        long, short = asked(10, "long", prompt_tokens=600), asked(11, "short")
+        result, _ = played([long, short], settings=replace(SETTINGS, max_num_seqs=1))
+        assert instants_ms(result, row=0)["started"] == 6 + 600 * 0.02
+        assert instants_ms(result, row=1)["started"] > instants_ms(result, row=0)["finished"] - 5
+
     def test_a_prompt_that_is_too_long_is_refused_when_it_has_been_read(self) -> None:
         settings = replace(SETTINGS, max_model_len=100)
         result, events = played([asked(10)], settings=settings)

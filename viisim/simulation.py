@@ -155,6 +155,8 @@ class Simulation:
         self._lives: list[_Life] = []
         """One for every replica that ever was, by index."""
         self._apis: dict[str, ApiServer] = {}
+        self._read_ns: dict[str, int] = {}
+        """By replica: when its API server has read all that was dispatched to it."""
         """Of the replicas that have one, by id."""
         for spec in replicas:
             self._add_replica(spec)
@@ -467,6 +469,9 @@ class Simulation:
         api = self._apis.get(replica_id)
         delay_ns = 0 if api is None else api.reads_ns(flight.prompt_tokens)
         if delay_ns:
+            # One after another: a shorter prompt is read sooner, but overtakes none before it.
+            delay_ns = max(delay_ns, self._read_ns.get(replica_id, 0) - self.kernel.now)
+            self._read_ns[replica_id] = self.kernel.now + delay_ns
             self.transit.delay(flight, replica_id, delay_ns, self._enter)
         else:
             self._enter(flight, replica_id)
