@@ -186,7 +186,7 @@ async def _end(process: WorkerProcess) -> None:
 # A run
 
 
-async def measured(
+async def measure_run(
     served: Served, part: Part, planned: PlannedRun, requests: Sequence[Request]
 ) -> MeasuredRun:
     """Send the requests, and leave in the part's folder what became of them."""

@@ -358,6 +358,13 @@ class TestAgainstStubs:
         viisim("validate", "--live", file, "--out", out, "--again")
         assert json.loads((out / "report.json").read_text())["missing"] == ["ranking"]
 
+    def test_another_workload_than_was_sent_is_an_error(self, live: Any, tmp_path: Path) -> None:
+        workload = {**experiment()["workload"], "output_tokens": 7}
+        file = written(tmp_path, experiment(workload=workload))
+        done = viisim("validate", "--live", file, "--out", live[0] / "out", "--again")
+        assert isinstance(done.exception, InputError)
+        assert "these are not the requests of" in str(done.exception)
+
     def test_the_page_finds_its_figures(self, live: Any, tmp_path: Path) -> None:
         file, out, page = live[0] / "validation.yaml", live[0] / "out", tmp_path / "page.md"
         viisim("validate", "--live", file, "--out", out, "--again", "--page", page)

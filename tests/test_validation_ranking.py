@@ -11,19 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from viisim.errors import InputError
-from viisim.validation.answers import STATISTICS, Answers
-from viisim.validation.ranking import (
-    BLOCK_S,
-    FAILED,
-    INCONCLUSIVE,
-    PASSED,
-    Figure,
-    Ranking,
-    _draws,
-    _resampled,
-    overall,
-    rank,
-)
+from viisim.validation.answers import STATISTICS, Answers, Figure
+from viisim.validation.bootstrap import BLOCK_S, draws_of, resampled
+from viisim.validation.ranking import FAILED, INCONCLUSIVE, PASSED, Ranking, overall, rank
 
 MEAN = Figure("e2e_s", "mean")
 
@@ -211,14 +201,14 @@ def test_a_resample_has_the_figure_of_its_requests_written_out(data: st.DataObje
         STATISTICS[statistic](written) if written.size else np.nan
         for written in (np.repeat(values, counts[block]) for counts in draws)
     ]
-    sampled = _resampled(Figure("e2e_s", statistic), values, block, draws)
+    sampled = resampled(Figure("e2e_s", statistic), values, block, draws)
     assert sampled == pytest.approx(np.array(expected), nan_ok=True)
 
 
 @given(blocks=st.lists(st.integers(1, 12), min_size=1, max_size=5), seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_a_repetition_is_drawn_with_as_many_blocks_as_it_has(blocks: list[int], seed: int) -> None:
-    draws = _draws(blocks, np.random.default_rng(seed))
+    draws = draws_of(blocks, np.random.default_rng(seed))
     drawn = np.add.reduceat(draws, np.cumsum([0, *blocks[:-1]]), axis=1) / blocks
     assert np.array_equal(drawn, np.round(drawn))
     assert (drawn.sum(axis=1) == len(blocks)).all()

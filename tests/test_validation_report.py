@@ -19,11 +19,12 @@ from viisim.validation.accuracy import (
     LoadRun,
     compare,
 )
-from viisim.validation.answers import Answers, simulated_answers
+from viisim.validation.answers import Answers, Figure, simulated_answers
 from viisim.validation.figures import draw
 from viisim.validation.limits import QUICK
-from viisim.validation.ranking import Figure, Ranking, rank
-from viisim.validation.report import Parity, Report, Setup, Stated, Worker
+from viisim.validation.parity import Parity
+from viisim.validation.ranking import Ranking, rank
+from viisim.validation.report import Report, Setup, Stated, Worker
 from viisim.validation.steps import StepTimes, step_errors
 
 EXPERIMENT = {

@@ -19,7 +19,7 @@ from viisim.errors import InputError
 if TYPE_CHECKING:
     from viisim.config import Experiment, ReplicaConfig
     from viisim.validation.config import PartConfig, ValidationConfig
-    from viisim.validation.judge import Measured
+    from viisim.validation.judge import Measurements
     from viisim.validation.report import Report
 
 Say: TypeAlias = Callable[[str], None]
@@ -56,10 +56,10 @@ def write_page(report: Report, folder: Path, page: Path) -> None:
         ) from None
 
 
-def _measured(config: ValidationConfig, folder: Path) -> Measured:
+def _measured(config: ValidationConfig, folder: Path) -> Measurements:
     """What the folder holds."""
     from viisim.config import load_experiment
-    from viisim.validation.judge import Measured
+    from viisim.validation.judge import Measurements
 
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def _measured(config: ValidationConfig, folder: Path) -> Measured:
         for name, part in config.parts.items()
         if name in about["wall_s"]  # others were not measured to their end
     }
-    return Measured(folder, config, experiments[ACCURACY], experiments.get(RANKING), about)
+    return Measurements(folder, config, experiments[ACCURACY], experiments.get(RANKING), about)
 
 
 class Workers:

@@ -108,7 +108,7 @@ class LoadRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Compared:
     """One statistic of one metric."""
 
     metric: str
@@ -138,7 +138,7 @@ class Accuracy:
     rate_per_s: float
     requests: int
     repetitions: int
-    rows: tuple[Row, ...]
+    rows: tuple[Compared, ...]
     as_calibrated: Mapping[str, float]
     """Errors of the mean latencies, had the probes not told of the workers' speed."""
     at_own_speed: Mapping[str, float]
@@ -148,7 +148,7 @@ class Accuracy:
     cpu: Cpu | None = None
     equal_load: float | None = None
 
-    def row(self, metric: str, statistic: str = WHOLE) -> Row | None:
+    def row(self, metric: str, statistic: str = WHOLE) -> Compared | None:
         """None if one side has no value of it."""
         found = (row for row in self.rows if (row.metric, row.statistic) == (metric, statistic))
         return next(found, None)
@@ -180,7 +180,7 @@ def compare(run: LoadRun) -> Accuracy:
     )
 
 
-def _rows(run: LoadRun) -> Iterator[Row]:
+def _rows(run: LoadRun) -> Iterator[Compared]:
     for metric in METRICS.values():
         for statistic in metric.statistics:
             predicted = metric.value(run.simulated, statistic)
@@ -189,7 +189,7 @@ def _rows(run: LoadRun) -> Iterator[Row]:
             if predicted is not None and len(known) == len(values):
                 error = metric.difference(predicted, float(np.mean(known)))
                 noise = _noise(metric, known)
-                yield Row(metric.key, statistic, known, predicted, error, noise)
+                yield Compared(metric.key, statistic, known, predicted, error, noise)
 
 
 def _mean_errors(run: LoadRun, simulated: Sequence[Answers]) -> Iterator[tuple[str, float]]:

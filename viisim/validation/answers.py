@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from viisim.errors import InputError
 from viisim.records import FINISHED, SeedResult
 
 Floats = NDArray[np.float64]
@@ -72,6 +74,44 @@ class Answers:
     def prefix_hit_share(self) -> float:
         """Prompt tokens found in a prefix cache, of all."""
         return self.prefix_hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What policies are judged by in a workload. Smaller is better; seconds."""
+
+    metric: str
+    """One of `LATENCIES`."""
+    statistic: str
+    """One of `STATISTICS`."""
+    traffic_class: str | None = None
+    """None: requests of every class."""
+
+    def __post_init__(self) -> None:
+        for word, known in ((self.metric, LATENCIES), (self.statistic, tuple(STATISTICS))):
+            if word not in known:
+                raise InputError(f"unknown figure '{word}'; it is one of {', '.join(known)}")
+
+    def __str__(self) -> str:
+        name = f"{self.statistic} {self.metric.removesuffix('_s').upper()}"
+        return name if self.traffic_class is None else f"{name} of {self.traffic_class}"
+
+    def of(self, runs: Sequence[Answers]) -> float:
+        """The figure of all requests of the repetitions. Raises InputError if none has it."""
+        values = [run.latencies(self.metric, self.traffic_class) for run in runs]
+        if not any(known.size for known in values):
+            classes = sorted(set(chain.from_iterable(run.traffic_class for run in runs)))
+            raise InputError(
+                f"no answered request has a {self}; there are requests of "
+                f"{', '.join(classes) or 'no class'}"
+            )
+        return STATISTICS[self.statistic](np.concatenate(values))
+
+    def concerns(self, run: Answers) -> NDArray[np.bool_]:
+        """Which requests are of its traffic class."""
+        if self.traffic_class is None:
+            return np.ones(len(run), dtype=np.bool_)
+        return np.array([name == self.traffic_class for name in run.traffic_class], dtype=np.bool_)
 
 
 def simulated_answers(result: SeedResult) -> Answers:

@@ -13,6 +13,7 @@ from viisim.calibration.measurements import StepLog
 from viisim.calibration.own_records import read_steps
 from viisim.calibration.validate import predicted_s
 from viisim.config import Experiment, SimulatedReplica
+from viisim.errors import InputError
 from viisim.validation.answers import Answers, Floats, simulated_answers
 from viisim.validation.measured import (
     CAPACITY,
@@ -20,16 +21,18 @@ from viisim.validation.measured import (
     WARM_UP,
     MeasuredRun,
     Part,
-    PlannedRun,
     Row,
     measured_answers,
     rows_of,
 )
 from viisim.validation.predict import requests_at, simulated
 from viisim.validation.steps import StepTimes
+from viisim.workload.request import Request
 
 _CALIBRATED_ON = ("sweep-*.steps.jsonl", "traffic-*.steps.jsonl")
 """Files of `calibrate --live` that the profile was fitted to."""
+
+_SAME_TIME_S = 1e-6
 
 
 class Deployment:
@@ -72,15 +75,30 @@ class Deployment:
 
     def predicted(
         self,
-        run: PlannedRun,
+        run: MeasuredRun,
         slowdowns: Mapping[str, float],
         experiment: Experiment | None = None,
     ) -> Answers:
         """The run simulated, at the speed of one of the three below; `experiment` if it is not the
-        deployment's own."""
+        deployment's own. Raises InputError where that has other requests than were sent."""
         experiment = experiment or self.experiment
         requests = requests_at(experiment, run.rate_per_s, run.run_s, run.seed)
+        sent = {row["id"]: row for row in self.part.requests(run.name)}
+        if not all(_is(request, sent.get(request.view.id)) for request in requests):
+            raise InputError(
+                f"{self.part.requests_file(run.name)}: these are not the requests of "
+                f"{experiment.name}; its workload was changed since: change it back, or measure "
+                "again"
+            )
         return simulated_answers(simulated(experiment, requests, run.seed, slowdowns))
+
+    def predicted_at(
+        self, run: MeasuredRun, rate_per_s: float, slowdowns: Mapping[str, float]
+    ) -> Answers:
+        """The run's requests, closer together or further apart."""
+        run_s = run.run_s * run.rate_per_s / rate_per_s
+        requests = requests_at(self.experiment, rate_per_s, run_s, run.seed)
+        return simulated_answers(simulated(self.experiment, requests, run.seed, slowdowns))
 
     # ----------------------------------------------------------------------------------
     # Speed: by replica, how many times as long as its profile says its steps take
@@ -163,6 +181,14 @@ class Deployment:
             rows = [row for row in rows if row["decode_seqs"] or row["prefill_tokens"]]
             if rows:
                 yield replica, np.array([row["start_s"] for row in rows]), _log(rows)
+
+
+def _is(request: Request, sent: Row | None) -> bool:
+    """Whether it was due then, and had such a prompt and answer, if it had one."""
+    if sent is None or abs(sent["due_s"] - request.arrived_ns / 1e9) > _SAME_TIME_S:
+        return False
+    lengths = request.view.prompt_tokens, request.output_tokens
+    return bool(sent["error"]) or (sent["prompt_tokens"], sent["output_tokens"]) == lengths
 
 
 def _slowdown(log: StepLog, replica: SimulatedReplica) -> float:

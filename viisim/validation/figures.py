@@ -25,7 +25,7 @@ from matplotlib.ticker import (
 from numpy.typing import NDArray
 
 from viisim.plots import BLUE, GREY, ORANGE, STYLE, save
-from viisim.validation.accuracy import METRICS, Accuracy, LoadRun, Row
+from viisim.validation.accuracy import METRICS, Accuracy, Compared, LoadRun
 from viisim.validation.answers import LATENCIES, Answers
 from viisim.validation.steps import StepTimes
 
@@ -181,7 +181,7 @@ def _draw_loads(axes: Axes, metric: str, statistic: str, accuracies: Sequence[Ac
     )
 
 
-def _ranges(rows: Iterable[Row]) -> NDArray[np.float64]:
+def _ranges(rows: Iterable[Compared]) -> NDArray[np.float64]:
     """From the mean down to the least repetition, and up to the most."""
     down_up = [(r.measured - min(r.repetitions), max(r.repetitions) - r.measured) for r in rows]
     return np.transpose(np.maximum(down_up, 0.0))

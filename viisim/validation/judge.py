@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +26,7 @@ from viisim.validation.accuracy import (
     compare,
     load_at_equal_e2e,
 )
-from viisim.validation.answers import Answers
+from viisim.validation.answers import Answers, Figure
 from viisim.validation.config import RankedWorkload, RankingConfig, ValidationConfig, label_of
 from viisim.validation.deployment import Deployment
 from viisim.validation.figures import draw
@@ -34,13 +34,13 @@ from viisim.validation.limits import FULL, QUICK
 from viisim.validation.measured import CAPACITY, MeasuredRun, work_columns
 from viisim.validation.parity import parity_of
 from viisim.validation.predict import closed_loop_per_s, with_policy, with_workload
-from viisim.validation.ranking import Figure, Ranking, rank
+from viisim.validation.ranking import Ranking, rank
 from viisim.validation.report import Report, Setup, Stated, Worker
 from viisim.validation.steps import shared_drift, step_errors
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measurements:
     """A folder of measurements, and the experiments as they were deployed."""
 
     folder: Path
@@ -60,7 +60,7 @@ class Measured:
         }
 
 
-def judge(measured: Measured, command: str) -> Report:
+def judge(measured: Measurements, command: str) -> Report:
     """Simulate what was measured, compare, and write report and figures into the folder."""
     deployments = measured.deployments()
     deployment, cores = deployments["accuracy"], measured.about["cores"]
@@ -145,11 +145,8 @@ def _load_run(
     answers = tuple(deployment.measured(run) for run in runs)
 
     def mean_e2e_s(at: float) -> float:
-        # The same requests, closer together or further apart.
-        rate_per_s = at * capacity_per_s
-        run_s = first.run_s * first.rate_per_s / rate_per_s
-        run = replace(first, rate_per_s=rate_per_s, run_s=run_s)
-        return float(deployment.predicted(run, deployment.as_probed).latencies("e2e_s").mean())
+        answers = deployment.predicted_at(first, at * capacity_per_s, deployment.as_probed)
+        return float(answers.latencies("e2e_s").mean())
 
     found = float(np.mean(np.concatenate([one.latencies("e2e_s") for one in answers])))
     return LoadRun(
@@ -219,7 +216,7 @@ def _ranking(
 # What ran
 
 
-def _setup(measured: Measured, deployments: Mapping[str, Deployment]) -> Setup:
+def _setup(measured: Measurements, deployments: Mapping[str, Deployment]) -> Setup:
     workers = tuple(
         Worker(
             id=f"{name} {replica.id}",
@@ -243,7 +240,7 @@ def _setup(measured: Measured, deployments: Mapping[str, Deployment]) -> Setup:
     )
 
 
-def _calibration(measured: Measured) -> Iterator[Stated]:
+def _calibration(measured: Measurements) -> Iterator[Stated]:
     """Of each kind of worker."""
     for label in measured.about["weights"]:
         summary = json.loads((measured.folder / "profiles" / label / "summary.json").read_text())

@@ -12,7 +12,7 @@ from operator import itemgetter
 
 from numpy.random import default_rng
 
-from runtime.live_validation import Say, Served, deployed, measured
+from runtime.live_validation import Say, Served, deployed, measure_run
 from runtime.processes import Home
 from viisim.capacity import work_rate_per_s
 from viisim.config import Experiment, load_experiment
@@ -126,19 +126,19 @@ class _Workers:
             name, policy = f"{WARM_UP}.{number}", self.experiment.policy.spec
             run = PlannedRun(name, WARM_UP, policy, seed + number, 0.0, 0.0)
             requests = closed_loop(self.experiment, users, users, run.seed)
-            await measured(self._served, self.part, run, requests)
+            await measure_run(self._served, self.part, run, requests)
 
     async def probe(self) -> None:
         """See how fast the workers are."""
         name, policy = f"{PROBE}.{self._probes}", self.experiment.policy.spec
         run = PlannedRun(name, PROBE, policy, 0, 0.0, 0.0)
-        await measured(self._served, self.part, run, probe_of(self.experiment))
+        await measure_run(self._served, self.part, run, probe_of(self.experiment))
         self._probes += 1
 
     async def measure(self, planned: PlannedRun, requests: Sequence[Request]) -> MeasuredRun:
         """A probe, and the run."""
         await self.probe()
-        return await measured(self._served, self.part, planned, requests)
+        return await measure_run(self._served, self.part, planned, requests)
 
     async def measure_all(self, runs: Sequence[tuple[PlannedRun, Experiment]]) -> None:
         """Send the requests of each run, which the experiment has at the run's rate."""

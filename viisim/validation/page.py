@@ -10,12 +10,12 @@ from viisim.premise import table
 from viisim.report import number
 from viisim.validation.accuracy import METRICS, WHOLE, Accuracy
 from viisim.validation.answers import LATENCIES
+from viisim.validation.bootstrap import Interval
 from viisim.validation.limits import Check
 from viisim.validation.ranking import (
     INCONCLUSIVE,
     PASSED,
     SIGNIFICANT_PAIRS_NEEDED,
-    Interval,
     Pair,
     Ranking,
     Verdict,
