@@ -25,7 +25,7 @@ from viisim.validation.limits import (
     load_checks,
     step_checks,
 )
-from viisim.validation.steps import StepTimes, shared_drift, step_errors
+from viisim.validation.steps import StepTimes, shared_drift, slowdowns_beside, step_errors
 
 TOKENS = np.array([1, 11, 21, 31])
 
@@ -264,6 +264,25 @@ def test_the_error_at_the_workers_own_speed_is_of_the_means_of_repetitions() -> 
 def test_steps_are_predicted_with_the_speed_of_the_probes() -> None:
     errors = step_errors(replace(steps([1.0] * 5), as_probed=1.5))
     assert (errors.mape, errors.total, errors.total_as_calibrated) == (0.5, 0.5, 0.0)
+
+
+def test_slowdowns_are_told_apart_by_what_the_other_worker_does() -> None:
+    idle, decoding, prefilling = (np.arange(40.0) + shift for shift in (0.0, 100.0, 200.0))
+    start_s = np.concatenate([idle, decoding, prefilling])
+    measured_s = np.repeat([0.1, 0.2, 0.3], 40)
+    ones, no = np.ones(120, dtype=np.int64), np.zeros(120, dtype=np.bool_)
+    mine = StepTimes("r0", start_s, ones, measured_s, np.full(120, 0.1), measured_s, no)
+    busy_s = start_s[40:]
+    other = StepTimes(
+        "r1", busy_s, ones[40:], np.full(80, 0.9), ones[40:] * 0.9, ones[40:] * 0.9, busy_s >= 200
+    )
+    beside = slowdowns_beside(mine, [other])
+    assert beside == pytest.approx({"idle": 1.0, "decoding": 2.0, "prefilling": 3.0})
+
+
+def test_without_other_workers_all_steps_are_beside_idle_ones() -> None:
+    assert slowdowns_beside(steps([2.0] * 30), []) == {"idle": 0.5}
+    assert slowdowns_beside(steps([2.0] * 5), []) == {}
 
 
 def test_the_error_as_calibrated_is_against_the_mean_of_repetitions() -> None:

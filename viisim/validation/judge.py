@@ -81,7 +81,9 @@ def judge(measured: Measurements, command: str) -> Report:
         calibration=tuple(_calibration(measured)),
         capacities=(_capacity(deployment),),
         loads=tuple(accuracies),
-        steps=tuple(step_errors(times) for times in steps),
+        steps=tuple(
+            step_errors(times, [other for other in steps if other is not times]) for times in steps
+        ),
         step_drift=shared_drift(steps),
         rankings=rankings,
         parity=parity_of(list(deployments.values())),

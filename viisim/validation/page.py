@@ -20,7 +20,7 @@ from viisim.validation.ranking import (
     Ranking,
     Verdict,
 )
-from viisim.validation.steps import StepErrors
+from viisim.validation.steps import BESIDE, StepErrors
 
 if TYPE_CHECKING:
     from viisim.validation.parity import Parity
@@ -344,6 +344,13 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
             "in the runs, by run",
         ]
         yield table(headings, rows)
+    if any(one.beside for one in report.steps):
+        yield "Measured over calibrated, while the other workers of the machine are:"
+        rows = [
+            [one.worker, *(f"{one.beside[do]:.2f}" if do in one.beside else "–" for do in BESIDE)]
+            for one in report.steps
+        ]
+        yield table(["worker", *BESIDE], rows)
     if report.step_drift is not None:
         yield (
             "How slow steps are beside others of as many sequences, in means over ten seconds, "

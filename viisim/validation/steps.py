@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -19,6 +19,8 @@ _FEWEST_STEPS = 20
 """Of a worker in a span, or its mean says little."""
 _FEWEST_SPANS = 10
 """Fewer show no correlation."""
+BESIDE = ("idle", "decoding", "prefilling")
+"""What the others do, the last of these that one of them does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +73,8 @@ class StepErrors:
     as_probed: float = 1.0
     by_run: tuple[float, ...] = ()
     """These three as those of `StepTimes`."""
+    beside: Mapping[str, float] = field(default_factory=dict)
+    """The slowdown by what other workers do meanwhile, as `slowdowns_beside` says."""
 
     @property
     def as_probed_error(self) -> float | None:
@@ -82,8 +86,8 @@ class StepErrors:
         return asdict(self)
 
 
-def step_errors(times: StepTimes) -> StepErrors:
-    """Of at least one step."""
+def step_errors(times: StepTimes, others: Sequence[StepTimes] = ()) -> StepErrors:
+    """Of at least one step; `others` are workers of the same machine."""
     return StepErrors(
         worker=times.worker,
         steps=times.measured_s.size,
@@ -94,6 +98,7 @@ def step_errors(times: StepTimes) -> StepErrors:
         probes=times.probes,
         as_probed=times.as_probed,
         by_run=times.by_run,
+        beside=slowdowns_beside(times, others),
     )
 
 
@@ -129,6 +134,26 @@ def shared_drift(recordings: Sequence[StepTimes]) -> float | None:
             own, others = ([means[span] for span in shared] for means in (one, other))
             found.append(float(np.corrcoef(own, others)[0][1]))
     return float(np.mean(found)) if found else None
+
+
+def slowdowns_beside(times: StepTimes, others: Sequence[StepTimes]) -> dict[str, float]:
+    """The slowdown of a worker's steps while, at their middle, all others are idle, while one
+    decodes, and while one prefills, where there are enough steps of the sort. What differs between
+    the three, workers take from each other: cores, caches, the bandwidth of memory.
+    """
+    middle_s = times.start_s + times.measured_s / 2
+    doing = np.zeros(middle_s.size, dtype=np.int64)
+    for other in others:
+        step = np.maximum(np.searchsorted(other.start_s, middle_s) - 1, 0)
+        begun_s = other.start_s[step]
+        computes = (begun_s <= middle_s) & (middle_s < begun_s + other.measured_s[step])
+        doing = np.maximum(doing, np.where(computes, 1 + other.with_prefill[step], 0))
+    found = {}
+    for number, name in enumerate(BESIDE):
+        mine = doing == number
+        if mine.sum() >= _FEWEST_STEPS:
+            found[name] = float(times.measured_s[mine].sum() / times.calibrated_s[mine].sum())
+    return found
 
 
 def _means_by_span(times: StepTimes) -> dict[float, float]:
