@@ -196,11 +196,11 @@ def _mean_errors(run: LoadRun, simulated: Sequence[Answers]) -> Iterator[tuple[s
     """Of the mean latencies over these simulated runs, where all runs have them."""
     for key in LATENCIES:
         ours, theirs = (
-            [METRICS[key].value(one, "mean") for one in side] for side in (simulated, run.measured)
+            [v for one in side if (v := METRICS[key].value(one, "mean")) is not None]
+            for side in (simulated, run.measured)
         )
-        known = [[value for value in side if value is not None] for side in (ours, theirs)]
-        if ours and known == [ours, theirs]:
-            yield key, float(np.mean(known[0]) / np.mean(known[1]) - 1)
+        if ours and (len(ours), len(theirs)) == (len(simulated), len(run.measured)):
+            yield key, float(np.mean(ours) / np.mean(theirs) - 1)
 
 
 def _noise(metric: Metric, values: Sequence[float]) -> float | None:

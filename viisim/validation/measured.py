@@ -64,6 +64,8 @@ class Part:
         self._runs = folder / "runs.jsonl"
         self._steps: dict[str, list[Row]] = {}
         """By replica, once they were read."""
+        self._requests: dict[str, list[Row]] = {}
+        """By run, once they were read."""
 
     def steps_file(self, replica_id: str) -> Path:
         """A worker's step records."""
@@ -84,7 +86,10 @@ class Part:
 
     def requests(self, name: str) -> list[Row]:
         """A run's request records in order of arrival. Raises InputError where there are none."""
-        return sorted(rows_of(self.requests_file(name)), key=lambda row: float(row["due_s"]))
+        if name not in self._requests:
+            rows = rows_of(self.requests_file(name))
+            self._requests[name] = sorted(rows, key=lambda row: float(row["due_s"]))
+        return self._requests[name]
 
     def steps(self, replica_id: str, runs: Sequence[MeasuredRun]) -> list[Row]:
         """The steps that a worker began during these runs. Raises InputError, as `runs`."""
