@@ -4,6 +4,7 @@ The sweep (`runtime.live_sweep`) is sent three times with different contents: ma
 and slow minutes, and no batch size should be measured in one of them only. In between one list of
 mixed requests is sent twice: the difference of the two is the noise floor, their steps are traffic
 that a fit of the sweeps has not seen, and their clients' times tell the way to a busy engine.
+Workers that share a machine are measured at once, so that none has it for itself.
 
 The worker records its own steps (`runtime.vllm_plugin`). They carry the machine's monotonic clock,
 as the client's notes do, and so each step is known to belong to a part of the sweep.
@@ -62,6 +63,18 @@ Row: TypeAlias = dict[str, Any]
 
 # --------------------------------------------------------------------------------------
 # What is learned
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A worker to be measured."""
+
+    replica: Planned
+    cards: Sequence[int]
+    home: Home
+    """What it shows is left in its folder, one a worker."""
+    steps: Path | None = None
+    """Step records of a server that runs already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +187,24 @@ async def _busy(replica: Planned, cards: Sequence[int], home: Home) -> AsyncIter
     """Another worker of the machine, behind the proxy and under traffic meanwhile."""
     settings = replica.entry.engine.resolve(replica.entry.load_profile())
     steps = home.folder / f"{replica.id}.beside.jsonl"
-    async with running(replica, cards, home, steps, replica.id), fronted(replica, home) as url:
-        task = asyncio.create_task(_keep_busy(url, replica.entry.model, settings))
-        try:
-            yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+    async with (
+        running(replica, cards, home, steps, replica.id),
+        fronted(replica, home) as url,
+        _under_traffic(url, replica.entry.model, settings),
+    ):
+        yield
+
+
+@asynccontextmanager
+async def _under_traffic(url: str, model: str, settings: EngineSettings) -> AsyncIterator[None]:
+    """The worker has traffic meanwhile, of which nothing is kept."""
+    task = asyncio.create_task(_keep_busy(url, model, settings))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 async def _keep_busy(url: str, model: str, settings: EngineSettings) -> None:
@@ -225,49 +248,102 @@ async def engine_of(worker: HttpWorker, settings: EngineSettings) -> ProfileEngi
 
 
 async def measure(
-    replica: Planned,
-    cards: Sequence[int],
-    home: Home,
+    subjects: Sequence[Subject],
     *,
-    steps: Path | None = None,
     beside: Sequence[tuple[Planned, Sequence[int]]] | None = None,
     settle_s: float = _SETTLE_S,
     say: Callable[[str], None] = lambda line: None,
-) -> Measured:
-    """Send everything to the replica's worker, and leave what it showed in the home's folder.
+) -> list[Measured]:
+    """Send everything to each worker, to all at once, and leave what they showed in their folders.
 
-    `steps` is the file of a server that runs already. With `beside` the worker is measured as it
-    is deployed: behind viisim's proxy, and beside these workers, given with their cards, which
-    have traffic of their own meanwhile. What all of them take from each other (cores, caches,
-    memory bandwidth, power) is then in the measurement. Raises InputError for a worker that does
-    not start, refuses a request or records nothing.
+    With `beside` they are measured as they are deployed: behind viisim's proxy, and beside these
+    workers, given with their cards, which have traffic of their own meanwhile. What all of them
+    take from each other (cores, caches, memory bandwidth, power) is then in the measurement.
+    Raises InputError for a worker that does not start, refuses a request or records nothing.
     """
-    file = steps_path(replica, home.folder, steps)
+    async with AsyncExitStack() as stack:
+        started = [
+            await stack.enter_async_context(_started(subject, beside is not None, say))
+            for subject in subjects
+        ]
+        for other, own in beside or ():
+            await stack.enter_async_context(_busy(other, own, subjects[0].home))
+        sent = await _send_to_all(started, say)
+        await asyncio.sleep(settle_s)
+        rows = [_rows(one.file, own[0].begin_s) for one, own in zip(started, sent, strict=True)]
+    return [_learned(*each) for each in zip(started, sent, rows, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A subject that serves."""
+
+    subject: Subject
+    file: Path
+    """Of its step records."""
+    url: str
+    engine: ProfileEngine
+    start_s: float
+
+
+@asynccontextmanager
+async def _started(
+    subject: Subject, is_fronted: bool, say: Callable[[str], None]
+) -> AsyncIterator[_Started]:
+    replica, home = subject.replica, subject.home
+    file = steps_path(replica, home.folder, subject.steps)
     settings = replica.entry.engine.resolve(replica.entry.load_profile())
     begun_s = time.monotonic()
     async with AsyncExitStack() as stack:
-        worker = await stack.enter_async_context(running(replica, cards, home, file))
+        worker = await stack.enter_async_context(running(replica, subject.cards, home, file))
         start_s = time.monotonic() - begun_s
         url = replica.url
-        if beside is not None:
+        if is_fronted:
             url = await stack.enter_async_context(fronted(replica, home))
-            for other, own in beside:
-                await stack.enter_async_context(_busy(other, own, home))
         engine = await engine_of(worker, settings)
         say(f"{replica.id} is ready after {start_s:.0f} s: vLLM {engine.version}")
-        sent = await _send_all(url, replica.entry.model, engine, say)
-        await asyncio.sleep(settle_s)
-        rows = _rows(file, sent[0].begin_s)
-    _write_requests(home.folder / "requests.jsonl", sent)
-    files = {part: _write_steps(home.folder, part, sent, rows) for part in _PARTS}
+        yield _Started(subject, file, url, engine, start_s)
+
+
+async def _send_to_all(started: Sequence[_Started], say: Callable[[str], None]) -> list[list[Sent]]:
+    """To all at once; those that have had everything have traffic until all have."""
+    sending, all_sent = len(started), asyncio.Event()
+
+    async def send_to(one: _Started) -> list[Sent]:
+        nonlocal sending
+        replica = one.subject.replica
+        sent = await _send_all(
+            one.url, replica.entry.model, one.engine, lambda line: say(f"{replica.id}: {line}")
+        )
+        sending -= 1
+        if not sending:
+            all_sent.set()
+        else:
+            async with _under_traffic(one.url, replica.entry.model, one.engine):
+                await all_sent.wait()
+        return sent
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(send_to(one)) for one in started]
+    except* InputError as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _learned(started: _Started, sent: Sequence[Sent], rows: Sequence[Row]) -> Measured:
+    """What the requests and the steps show, and their files."""
+    folder = started.subject.home.folder
+    _write_requests(folder / "requests.jsonl", sent)
+    files = {part: _write_steps(folder, part, sent, rows) for part in _PARTS}
     lone = [one for one in sent if one.name == "alone"]
     lists = {part: [one for one in sent if one.part == part] for part in _TRAFFIC}
     traffics = [one for own in lists.values() for one in own]
     swept = [one for one in sent if one.part in _SWEEPS]
     overhead = overhead_of(_records(lone), list(_during(lone, rows)))
     return Measured(
-        folder=home.folder,
-        engine=engine.model_copy(update={"async_scheduling": _is_ahead(rows)}),
+        folder=folder,
+        engine=started.engine.model_copy(update={"async_scheduling": _is_ahead(rows)}),
         sweeps=tuple(files[part] for part in _SWEEPS),
         traffic=tuple(files[part] for part in _TRAFFIC),
         overhead=overhead,
@@ -275,7 +351,7 @@ async def measure(
             _records(traffics), list(_during(traffics, rows)), overhead.request_per_prompt_token_s
         ),
         noise_floor=noise_floor_of(*(_records(own) for own in lists.values())),
-        start_s=start_s,
+        start_s=started.start_s,
         sweep_s=sum(one.end_s - one.begin_s for one in swept),
         total_s=sent[-1].end_s - sent[0].begin_s,
     )

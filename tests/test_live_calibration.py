@@ -23,7 +23,9 @@ from runtime.live_sweep import Phase, alone, decode_sizes, sweep, traffic
 from runtime.load import Record
 from runtime.vllm_plugin import RECORDS_VARIABLE, SCHEDULER_CLS
 from tests import stub_recording_vllm as stub
+from viisim.calibration.calibrate import Options
 from viisim.cli.app import app
+from viisim.cli.calibrate_live import Wanted, calibrated_live
 from viisim.config import experiment_from
 from viisim.errors import InputError
 from viisim.profile import EngineSettings, load_profile
@@ -312,6 +314,36 @@ def test_as_deployed_a_worker_is_behind_a_proxy_and_beside_the_others(tmp_path: 
     (journal,) = (folder / "r0.front.journal").glob("*.jsonl")
     assert journal.read_text().count('"event":"Finished"') == sent
     assert (folder / "r1.beside.jsonl").stat().st_size
+
+
+def test_workers_are_measured_while_the_others_are(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests/stub_recording_vllm.py")]
+    content = experiment(kind="vllm", command=command)
+    (entry,) = content["cluster"]["replicas"]
+    small = {**entry, "engine": {**entry["engine"], "max_num_seqs": 2}}
+    content["cluster"]["replicas"] = [entry, small]
+    wanted = [Wanted(name, tmp_path / name, Options(model=name)) for name in ("r0", "r1")]
+    for one in wanted:
+        one.folder.mkdir()
+    found = calibrated_live(
+        experiment_from(content, "live.yaml", tmp_path), wanted, print, as_deployed=True
+    )
+    profiles = [done.profile for done, _ in found]
+    assert [p.engine.max_num_seqs for p in profiles] == [4, 2]
+    (first_s, *_, end_s), (other_first_s, *_, other_end_s) = (
+        [row["start_s"] for part in PARTS for row in rows(one.folder / f"{part}.steps.jsonl")]
+        for one in wanted
+    )
+    assert max(first_s, other_first_s) < min(end_s, other_end_s)
+    done = wanted[0] if end_s < other_end_s else wanted[1]
+    assert rows(done.folder / "worker.steps.jsonl")[-1]["start_s"] > min(end_s, other_end_s)
+
+
+PARTS = "warm-up", "sweep-1", "traffic-1", "sweep-2", "traffic-2", "sweep-3"
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.mark.skipif(not VLLM, reason="$VIISIM_VLLM names no folder with vLLM in it")

@@ -160,7 +160,7 @@ class TestWorkers:
         entry["worker"]["weights"] = "models/tiny-1b-awq"
         entries = [{**entry, "engine": {**entry["engine"], **change}} for change in changes]
         file = written(folder, experiment(cluster={"replicas": entries}))
-        return list(Workers(load_validation(file), folder / "profiles").first)
+        return list(Workers(load_validation(file), folder / "profiles").labels)
 
     def test_equal_ones_share_a_profile(self, tmp_path: Path) -> None:
         assert self.labels(tmp_path, {}, {}) == ["tiny-1b-awq"]
@@ -169,6 +169,18 @@ class TestWorkers:
         changes = ({}, {"max_num_seqs": 2}, {"max_num_seqs": 3})
         expected = ["tiny-1b-awq", "tiny-1b-awq-2", "tiny-1b-awq-3"]
         assert self.labels(tmp_path, *changes) == expected
+
+    def test_those_of_one_deployment_are_calibrated_at_once(self, tmp_path: Path) -> None:
+        (entry,) = experiment()["cluster"]["replicas"]
+        one = {**entry, "count": 1}
+        other = {**one, "worker": {**one["worker"], "weights": "models/large"}}
+        unequal = experiment(cluster={"replicas": [one, other]})
+        (tmp_path / "unequal.yaml").write_text(yaml.safe_dump(unequal), encoding="utf-8")
+        ranking = {**validation()["ranking"], "experiment": "unequal.yaml"}
+        equal = experiment(cluster={"replicas": [one, one]})
+        file = written(tmp_path, equal, ranking=ranking)
+        workers = Workers(load_validation(file), tmp_path / "profiles")
+        assert [own for _, own in workers.calibrations()] == [{"tiny": "r0", "large": "r1"}]
 
 
 class TestFolder:

@@ -100,7 +100,7 @@ def calibrate(
     from viisim.calibration.calibrate import calibrate as fit
     from viisim.calibration.profile_file import write_profile
     from viisim.calibration.read import first_of, read_measurements
-    from viisim.cli.calibrate_live import calibrated_live
+    from viisim.cli.calibrate_live import Wanted, calibrated_live
     from viisim.config import load_experiment
 
     if out.suffix not in (".yaml", ".yml"):
@@ -118,13 +118,13 @@ def calibrate(
     options = Options(device, model, tensor_parallel, power_cap, settings, notes)
     beside: Live | None = None
     if live is not None:
+        experiment = load_experiment(live)
+        (first_id, _), *_ = experiment.numbered_replicas()
         folder = out.with_name(f"{out.stem}_live")
-        done, beside = calibrated_live(
-            load_experiment(live),
-            folder,
-            options,
+        ((done, beside),) = calibrated_live(
+            experiment,
+            [Wanted(first_id, folder, options, steps)],
             lambda line: typer.echo(line, err=as_json),
-            steps=steps,
             as_deployed=as_deployed,
         )
     else:

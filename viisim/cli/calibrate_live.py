@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,32 +87,47 @@ class Live:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A replica's profile that is to be made."""
+
+    replica_id: str
+    folder: Path
+    """For what is measured."""
+    options: Options
+    steps: Path | None = None
+    """Step records of a server that runs already."""
+
+
 def calibrated_live(
     experiment: Experiment,
-    folder: Path,
-    options: Options,
+    wanted: Sequence[Wanted],
     say: Callable[[str], None],
     *,
-    replica_id: str | None = None,
-    steps: Path | None = None,
     as_deployed: bool = False,
-) -> tuple[Calibration, Live]:
-    """Measure the worker of one replica, of the first if none is named; fit its sweeps, judge that
-    fit by traffic that it has not seen, then fit all. What was measured stays in `folder`.
+) -> list[tuple[Calibration, Live]]:
+    """Measure the workers of these replicas, all at once; fit the sweeps of each, judge that fit by
+    traffic that it has not seen, then fit all.
 
-    `steps` is for a server that runs already. `as_deployed` is behind viisim's proxy, and beside
-    all other workers of the experiment: see `runtime.live_calibration.measure`. Raises InputError,
-    too, for a worker that cannot be measured. `say` is told what happens, a line each.
+    `as_deployed` is behind viisim's proxy, and beside all other workers of the experiment: see
+    `runtime.live_calibration.measure`. Raises InputError, too, for a worker that cannot be
+    measured. `say` is told what happens, a line each.
     """
     from runtime.cluster import planned
+
+    replicas = {one.id: one for one in planned(experiment)}
+    measured = _measured(experiment, replicas, wanted, as_deployed, say)
+    return [
+        _fitted(own, replicas[one.replica_id].entry, one.options)
+        for own, one in zip(measured, wanted, strict=True)
+    ]
+
+
+def _fitted(measured: Measured, entry: ReplicaConfig, options: Options) -> tuple[Calibration, Live]:
     from viisim.calibration.calibrate import calibrate
     from viisim.calibration.read import read_measurements
 
-    replicas = planned(experiment)
-    replica = next(one for one in replicas if replica_id in (None, one.id))
-    others = [one for one in replicas if one is not replica] if as_deployed else None
-    measured = _measured(experiment, replica, others, steps, folder, say)
-    stated = _stated(options, replica.entry, measured)
+    stated = _stated(options, entry, measured)
     swept = calibrate(read_measurements(measured.sweeps), stated)
     unseen = _unseen(swept.profile, measured.traffic)
     # What comes in practice counts as well, once it has said how far off the sweeps alone were.
@@ -125,30 +141,36 @@ def calibrated_live(
 
 def _measured(
     experiment: Experiment,
-    replica: Planned,
-    others: Sequence[Planned] | None,
-    steps: Path | None,
-    folder: Path,
+    replicas: Mapping[str, Planned],
+    wanted: Sequence[Wanted],
+    as_deployed: bool,
     say: Callable[[str], None],
-) -> Measured:
+) -> list[Measured]:
     from runtime.cards import cards_of
-    from runtime.live_calibration import measure
+    from runtime.live_calibration import Subject, measure
     from runtime.processes import Home
     from runtime.serve import run
 
     cards = cards_of(experiment)
-    beside = None if others is None else [(one, cards.get(one.id, ())) for one in others]
+    beside = None
+    if as_deployed:
+        others = replicas.keys() - {one.replica_id for one in wanted}
+        beside = [(replicas[name], cards.get(name, ())) for name in sorted(others)]
     found: list[Measured] = []
 
     async def main() -> None:
-        own = cards.get(replica.id, ())
-        found.append(await measure(replica, own, home, steps=steps, beside=beside, say=say))
+        found.extend(await measure(subjects, beside=beside, say=say))
 
-    with Home(folder) as home:
-        for pid in home.end_leftovers():
-            say(f"ended process {pid}, which an earlier start left behind")
+    with ExitStack() as stack:
+        subjects = []
+        for one in wanted:
+            home = stack.enter_context(Home(one.folder))
+            for pid in home.end_leftovers():
+                say(f"ended process {pid}, which an earlier start left behind")
+            own = cards.get(one.replica_id, ())
+            subjects.append(Subject(replicas[one.replica_id], own, home, one.steps))
         run(main())
-    return found[0]
+    return found
 
 
 def _api(measured: Measured) -> ApiDelay:

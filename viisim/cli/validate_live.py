@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -88,18 +88,32 @@ class Workers:
         """By what tells kinds apart."""
         self._kinds_of: Counter[str] = Counter()
         """By the name of their weights."""
-        self.first: dict[str, tuple[Experiment, str]] = {}
-        """By label: an experiment that has such a worker, and the first one's id."""
+        self._parts: list[tuple[Experiment, dict[str, str]]] = []
+        """Experiments, and the first replica of each kind in them, by label."""
         for part in config.parts.values():
             experiment = load_experiment(part.file, part.overrides)
+            first: dict[str, str] = {}
             for replica_id, entry in experiment.numbered_replicas():
                 if entry.worker.kind != "vllm":
                     raise InputError(
                         f"{part.file}: {replica_id}: worker.kind: {entry.worker.kind}; live "
                         "validation starts the workers itself: give kind vllm"
                     )
-                label = self._label(entry)
-                self.first.setdefault(label, (experiment, replica_id))
+                first.setdefault(self._label(entry), replica_id)
+            self._parts.append((experiment, first))
+
+    @property
+    def labels(self) -> list[str]:
+        """Of all kinds."""
+        return list(self._labels.values())
+
+    def calibrations(self) -> Iterator[tuple[Experiment, dict[str, str]]]:
+        """Deployments in which every kind is once, those of most kinds first: replicas by label."""
+        left = set(self.labels)
+        for experiment, first in sorted(self._parts, key=lambda part: -len(part[1])):
+            if own := {label: replica for label, replica in first.items() if label in left}:
+                yield experiment, own
+                left -= own.keys()
 
     def _label(self, entry: ReplicaConfig) -> str:
         """The name of the weights, with a number where other settings had it before."""
@@ -144,9 +158,10 @@ def _measure(file: Path, config: ValidationConfig, folder: Path, quick: bool, sa
             "what was measured there"
         )
     workers, clock = Workers(config, folder / "profiles"), Clock()
-    for label, (experiment, replica_id) in workers.first.items():
-        with clock.timing(f"calibrating {label}"):
-            _calibrate(experiment, replica_id, label, workers.profile(label), say)
+    for experiment, replicas in workers.calibrations():
+        profiles = {label: workers.profile(label) for label in replicas}
+        with clock.timing(f"calibrating {' and '.join(replicas)}"):
+            _calibrate(experiment, replicas, profiles, say)
 
     measuring = {ACCURACY: partial(measure_accuracy, config.accuracy)}
     if config.ranking is not None:
@@ -160,7 +175,7 @@ def _measure(file: Path, config: ValidationConfig, folder: Path, quick: bool, sa
             "quick": quick,
             "machine": machine(),
             "cores": os.cpu_count(),
-            "weights": list(workers.first),
+            "weights": workers.labels,
             "wall_s": clock.wall_s,
         }
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
@@ -177,26 +192,24 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {name}"
 
 
-def _calibrate(experiment: Experiment, replica_id: str, label: str, out: Path, say: Say) -> None:
-    """Fit the profile of one worker, which is started for that and ended, as it is deployed: behind
-    the proxy, and beside the others of its experiment. What they take from each other on one
-    machine belongs to its step times."""
+def _calibrate(
+    experiment: Experiment, replicas: Mapping[str, str], profiles: Mapping[str, Path], say: Say
+) -> None:
+    """Fit the profiles of these workers, by label, which are started for that and ended, as they
+    are deployed: behind the proxy, and beside each other and the others of their experiment. What
+    they take from each other on one machine belongs to their step times."""
     from viisim.calibration.calibrate import Options
     from viisim.calibration.profile_file import write_profile
-    from viisim.cli.calibrate_live import calibrated_live
+    from viisim.cli.calibrate_live import Wanted, calibrated_live
 
-    say(f"calibrating {label}")
-    folder = out.with_suffix("")
-    folder.mkdir(parents=True)
-    done, live = calibrated_live(
-        experiment,
-        folder,
-        Options(model=label),
-        say,
-        replica_id=replica_id,
-        as_deployed=True,
-    )
-    write_profile(
-        done.profile, out, [f"Made by viisim validate --live: {experiment.name}, {label}"]
-    )
-    live.write(live.summary())
+    say(f"calibrating {' and '.join(replicas)}")
+    wanted = []
+    for label, replica_id in replicas.items():
+        folder = profiles[label].with_suffix("")
+        folder.mkdir(parents=True)
+        wanted.append(Wanted(replica_id, folder, Options(model=label)))
+    found = calibrated_live(experiment, wanted, say, as_deployed=True)
+    for (label, out), (done, live) in zip(profiles.items(), found, strict=True):
+        comment = f"Made by viisim validate --live: {experiment.name}, {label}"
+        write_profile(done.profile, out, [comment])
+        live.write(live.summary())
