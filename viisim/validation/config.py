@@ -52,6 +52,8 @@ class AccuracyConfig(PartConfig):
     capacity_runs: Count = 3
     """Of the closed loop that finds the capacity: before each repetition, until there were as many.
     The first decides the rates of the loads."""
+    capacity_turns: Count = 5
+    """Requests of each user in it: the first and the last are its beginning and its end."""
     run_s: Positive = 45.0
     """How long requests arrive, in each run."""
 

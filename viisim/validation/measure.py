@@ -31,7 +31,6 @@ from viisim.validation.predict import (
     closed_loop,
     probe_of,
     requests_at,
-    requests_of_capacity,
     users_of,
     with_policy,
     with_workload,
@@ -74,7 +73,7 @@ async def _capacity_per_s(config: AccuracyConfig, workers: _Workers, repetition:
     """Requests a second of the closed loop, this time."""
     experiment = workers.experiment
     users, seed = users_of(experiment), experiment.seeds[0]
-    count = requests_of_capacity(experiment, config.run_s)
+    count = config.capacity_turns * users
     name = f"{CAPACITY}.{repetition}"
     run = PlannedRun(name, CAPACITY, experiment.policy.spec, seed, 0.0, 0.0)
     await workers.measure(run, closed_loop(experiment, users, count, seed))

@@ -97,12 +97,6 @@ def capacity_under_backlog_per_s(experiment: Experiment) -> float:
 # A closed loop
 
 
-def requests_of_capacity(experiment: Experiment, run_s: float) -> int:
-    """How many it sends: about what the simulated cluster serves in that time, and enough that
-    its beginning and its end do not count."""
-    return max(3 * users_of(experiment), round(run_s * capacity_under_backlog_per_s(experiment)))
-
-
 def closed_loop_per_s(
     experiment: Experiment,
     requests: int,
