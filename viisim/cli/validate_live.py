@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 Say: TypeAlias = Callable[[str], None]
 
 ABOUT = "measured.json"
-ACCURACY, RANKING = "accuracy", "ranking"
 
 
 def validated_live(file: Path, folder: Path, *, quick: bool, again: bool, say: Say) -> Report:
@@ -71,7 +70,7 @@ def _measured(config: ValidationConfig, folder: Path) -> Measurements:
         for name, part in config.parts.items()
         if name in about["wall_s"]  # others were not measured to their end
     }
-    return Measurements(folder, config, experiments[ACCURACY], experiments.get(RANKING), about)
+    return Measurements(folder, config, experiments, about)
 
 
 class Workers:
@@ -149,6 +148,7 @@ def _measure(file: Path, config: ValidationConfig, folder: Path, quick: bool, sa
     from runtime.live_validation import Clock
     from runtime.processes import Home
     from runtime.serve import run
+    from viisim.validation.config import ACCURACY, RANKING
     from viisim.validation.measure import measure_accuracy, measure_ranking
     from viisim.validation.measured import Part
 

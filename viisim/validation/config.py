@@ -19,6 +19,9 @@ from viisim.profile import Count, Positive
 from viisim.workload.config import WorkloadConfig
 from viisim.workload.config_parts import Located
 
+ACCURACY, RANKING = "accuracy", "ranking"
+"""Parts of a validation, and folders of their measurements."""
+
 
 class FigureConfig(Strict):
     """What policies are judged by; less is better."""
@@ -114,9 +117,9 @@ class ValidationConfig(Strict):
     @property
     def parts(self) -> dict[str, PartConfig]:
         """By name, those that the file asks for."""
-        found: dict[str, PartConfig] = {"accuracy": self.accuracy}
+        found: dict[str, PartConfig] = {ACCURACY: self.accuracy}
         if self.ranking is not None:
-            found["ranking"] = self.ranking
+            found[RANKING] = self.ranking
         return found
 
 

@@ -12,7 +12,7 @@ from viisim.calibration.fit import fit_steps
 from viisim.calibration.measurements import StepLog
 from viisim.calibration.own_records import read_steps
 from viisim.calibration.validate import predicted_s
-from viisim.config import Experiment, SimulatedReplica
+from viisim.config import Experiment, ReplicaConfig, SimulatedReplica
 from viisim.errors import InputError
 from viisim.validation.answers import Answers, Floats, simulated_answers
 from viisim.validation.measured import (
@@ -55,7 +55,13 @@ class Deployment:
     @cached_property
     def ids(self) -> list[str]:
         """Of the replicas."""
-        return [name for name, _ in self.experiment.numbered_replicas()]
+        return [replica.id for replica, _ in self.workers]
+
+    @cached_property
+    def workers(self) -> list[tuple[SimulatedReplica, ReplicaConfig]]:
+        """The replicas, and what the experiment says of each."""
+        entries = [entry for _, entry in self.experiment.numbered_replicas()]
+        return list(zip(self.experiment.simulated_replicas(), entries, strict=True))
 
     def of(self, group: str) -> list[MeasuredRun]:
         """The runs of a group."""
@@ -137,13 +143,8 @@ class Deployment:
     def _when_calibrated(self) -> dict[str, float]:
         """A profile fits its own measurements: 1, but for what a fit leaves. One that was changed
         since does not, and no probe is to make up for that."""
-        replicas = zip(
-            self.experiment.simulated_replicas(),
-            self.experiment.numbered_replicas(),
-            strict=True,
-        )
         found = {}
-        for replica, (_, entry) in replicas:
+        for replica, entry in self.workers:
             folder = Path(entry.profile_name).with_suffix("")
             files = [file for pattern in _CALIBRATED_ON for file in sorted(folder.glob(pattern))]
             found[replica.id] = _slowdown(_log([row for f in files for row in rows_of(f)]), replica)
@@ -176,7 +177,7 @@ class Deployment:
         self, runs: Sequence[MeasuredRun]
     ) -> Iterator[tuple[SimulatedReplica, Floats, StepLog]]:
         """The workers that computed anything in the runs: when their steps began, and the steps."""
-        for replica in self.experiment.simulated_replicas():
+        for replica, _ in self.workers:
             rows = self.part.steps(replica.id, runs)
             rows = [row for row in rows if row["decode_seqs"] or row["prefill_tokens"]]
             if rows:

@@ -27,7 +27,14 @@ from viisim.validation.accuracy import (
     load_at_equal_e2e,
 )
 from viisim.validation.answers import Answers, Figure
-from viisim.validation.config import RankedWorkload, RankingConfig, ValidationConfig, label_of
+from viisim.validation.config import (
+    ACCURACY,
+    RANKING,
+    RankedWorkload,
+    RankingConfig,
+    ValidationConfig,
+    label_of,
+)
 from viisim.validation.deployment import Deployment
 from viisim.validation.figures import draw
 from viisim.validation.limits import FULL, QUICK
@@ -41,29 +48,27 @@ from viisim.validation.steps import shared_drift, step_errors
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """A folder of measurements, and the experiments as they were deployed."""
+    """A folder of measurements."""
 
     folder: Path
     config: ValidationConfig
-    accuracy: Experiment
-    ranking: Experiment | None
+    experiments: Mapping[str, Experiment]
+    """As they were deployed, by the part of the validation; those that were measured."""
     about: Mapping[str, Any]
     """The content of measured.json."""
 
     def deployments(self) -> dict[str, Deployment]:
-        """By name, those that were measured."""
-        experiments = {"accuracy": self.accuracy, "ranking": self.ranking}
+        """By part."""
         return {
-            name: Deployment(name, experiment, self.folder / name)
-            for name, experiment in experiments.items()
-            if experiment is not None
+            part: Deployment(part, experiment, self.folder / part)
+            for part, experiment in self.experiments.items()
         }
 
 
 def judge(measured: Measurements, command: str) -> Report:
     """Simulate what was measured, compare, and write report and figures into the folder."""
     deployments = measured.deployments()
-    deployment, cores = deployments["accuracy"], measured.about["cores"]
+    deployment, cores = deployments[ACCURACY], measured.about["cores"]
     runs = sorted(deployment.compared, key=lambda run: float(run.group))
     loads = [
         _load_run(deployment, float(group), list(own), cores)
@@ -71,7 +76,7 @@ def judge(measured: Measurements, command: str) -> Report:
     ]
     accuracies = [compare(run) for run in loads]
     steps = [times for own in deployments.values() for times in own.step_times()]
-    rankings, ranking_cpu = _rankings(measured.config.ranking, deployments.get("ranking"), cores)
+    rankings, ranking_cpu = _rankings(measured.config.ranking, deployments.get(RANKING), cores)
     pictures = draw(measured.config.name, loads, accuracies, steps, measured.folder / "plots")
     report = Report(
         name=measured.config.name,
@@ -227,15 +232,12 @@ def _setup(measured: Measurements, deployments: Mapping[str, Deployment]) -> Set
             held_out_error=replica.profile.held_out_error or {},
         )
         for name, deployment in deployments.items()
-        for replica, (_, entry) in zip(
-            deployment.experiment.simulated_replicas(),
-            deployment.experiment.numbered_replicas(),
-            strict=True,
-        )
+        for replica, entry in deployment.workers
     )
-    profile = measured.accuracy.simulated_replicas()[0].profile
+    (replica, _), *_ = deployments[ACCURACY].workers
+    engine = replica.profile.engine
     return Setup(
-        engine=f"{profile.engine.name} {profile.engine.version}",
+        engine=f"{engine.name} {engine.version}",
         model=" and ".join(measured.about["weights"]),
         machine=measured.about["machine"],
         workers=workers,

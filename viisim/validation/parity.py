@@ -11,6 +11,7 @@ from policies.interface import ConfigChanged
 from policies.journal import Segment
 from policies.registry import PolicySpec
 from viisim.journal import JournalReader, ReplayReport, replay_journal
+from viisim.validation.config import RANKING
 from viisim.validation.deployment import Deployment
 from viisim.validation.limits import Check
 from viisim.validation.measured import MeasuredRun
@@ -58,7 +59,7 @@ def parity_of(deployments: Sequence[Deployment]) -> Parity:
 
 def _simulated_policy(deployment: Deployment, run: MeasuredRun) -> PolicySpec:
     """Of a run of the ranking it is the run's own, by which the run is found."""
-    return run.policy if deployment.name == "ranking" else deployment.experiment.policy.spec
+    return run.policy if deployment.name == RANKING else deployment.experiment.policy.spec
 
 
 def _policies_in(files: Sequence[Path]) -> list[PolicySpec]:
