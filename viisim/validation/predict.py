@@ -18,7 +18,6 @@ from viisim.workload.request import Request
 
 _USERS_PER_PLACE = 2
 """Of the closed loop that finds the capacity: as many wait as are served."""
-_PROBE_TURNS = 2
 _PROBE = SyntheticWorkload.model_validate(
     {
         "kind": "synthetic",
@@ -117,10 +116,10 @@ def users_of(experiment: Experiment) -> int:
 
 
 def probe_of(experiment: Experiment) -> list[Request]:
-    """A few seconds of work, always the same: half of the engines' places are taken, twice. How
-    long its steps take tells how fast the workers are just then."""
+    """A few seconds of work, always the same: half of the engines' places are taken. How long
+    its steps take tells how fast the workers are just then."""
     users = users_of(experiment) // (2 * _USERS_PER_PLACE)
-    return closed_loop(with_workload(experiment, _PROBE), users, _PROBE_TURNS * users, seed=0)
+    return closed_loop(with_workload(experiment, _PROBE), users, users, seed=0)
 
 
 def closed_loop(experiment: Experiment, users: int, requests: int, seed: int) -> list[Request]:
