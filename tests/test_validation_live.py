@@ -269,6 +269,11 @@ class TestPolicies:
         found = list(policy_differences([{"name": "a", "x": 1}, {"name": "b"}], self.PLANNED))
         assert found == ["policy 1: deployed {'name': 'a', 'x': 1}, simulated {'name': 'a'}"]
 
+    def test_the_policy_of_a_run_that_was_cut_off_is_none(self) -> None:
+        deployed = [{"name": "a"}, {"name": "b"}, {"name": "c"}]
+        assert list(policy_differences(deployed, self.PLANNED, one_more=True)) == []
+        assert list(policy_differences(deployed, self.PLANNED)) != []
+
     def test_one_that_was_never_deployed_is_a_difference(self) -> None:
         (found,) = policy_differences([{"name": "a"}], self.PLANNED)
         assert found == "1 policies were deployed in turn, 2 were to be"
@@ -369,6 +374,22 @@ class TestAgainstStubs:
         (out / "measured.json").write_text(json.dumps(about))
         viisim("validate", "--live", file, "--out", out, "--again")
         assert json.loads((out / "report.json").read_text())["missing"] == ["ranking"]
+
+    def test_without_its_last_run_it_can_be_judged_and_says_what_is_missing(
+        self, live: Any, tmp_path: Path
+    ) -> None:
+        out, file = tmp_path / "out", live[0] / "validation.yaml"
+        shutil.copytree(live[0] / "out", out)
+        about = json.loads((out / "measured.json").read_text())
+        del about["wall_s"]["ranking"]
+        (out / "measured.json").write_text(json.dumps(about))
+        runs = (out / "ranking/runs.jsonl").read_text().splitlines(keepends=True)
+        (out / "ranking/runs.jsonl").write_text("".join(runs[:-1]))
+        viisim("validate", "--live", file, "--out", out, "--again")
+        report = json.loads((out / "report.json").read_text())
+        assert report["missing"] == ["the end of ranking"]
+        assert report["parity"]["policy_differences"] == []
+        assert report["rankings"]["short"]["repetitions"] == 2
 
     def test_another_workload_than_was_sent_is_an_error(self, live: Any, tmp_path: Path) -> None:
         workload = {**experiment()["workload"], "output_tokens": 7}

@@ -59,6 +59,7 @@ def _measured(config: ValidationConfig, folder: Path) -> Measurements:
     """What the folder holds."""
     from viisim.config import load_experiment
     from viisim.validation.judge import Measurements
+    from viisim.validation.measured import Part
 
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
@@ -68,7 +69,7 @@ def _measured(config: ValidationConfig, folder: Path) -> Measurements:
     experiments = {
         name: load_experiment(part.file, workers.overrides(part))
         for name, part in config.parts.items()
-        if name in about["wall_s"]  # others were not measured to their end
+        if name in about["wall_s"] or Part(folder / name).has_runs
     }
     return Measurements(folder, config, experiments, about)
 

@@ -44,9 +44,13 @@ class Deployment:
     with. *Their own speed*: what the steps of a run turned out to take, which is no prediction.
     """
 
-    def __init__(self, name: str, experiment: Experiment, folder: Path) -> None:
+    def __init__(
+        self, name: str, experiment: Experiment, folder: Path, *, cut_off: bool = False
+    ) -> None:
         self.name = name
         self.experiment = experiment
+        self.cut_off = cut_off
+        """Measuring ended before its last run did; what was measured until then is judged."""
         self.part = Part(folder)
         self.runs = self.part.runs()
         self._own: dict[str, dict[str, float]] = {}

@@ -60,7 +60,9 @@ class Measurements:
     def deployments(self) -> dict[str, Deployment]:
         """By part."""
         return {
-            part: Deployment(part, experiment, self.folder / part)
+            part: Deployment(
+                part, experiment, self.folder / part, cut_off=part not in self.about["wall_s"]
+            )
             for part, experiment in self.experiments.items()
         }
 
@@ -92,6 +94,7 @@ def judge(measured: Measurements, command: str) -> Report:
         step_drift=shared_drift(steps),
         rankings=rankings,
         parity=parity_of(list(deployments.values())),
+        cut_off=tuple(name for name, own in deployments.items() if own.cut_off),
         cpu=ranking_cpu,
         wall_s=measured.about["wall_s"],
         files=_FILES,
@@ -199,7 +202,7 @@ def _ranking(
     if not whole:
         raise InputError(
             f"{deployment.part.folder}: {ranked.name}: not every policy of the file was measured; "
-            "measure again, or leave in the file those that were"
+            "measure again, or leave in the file those that were (`ranking: null` for none)"
         )
     real: dict[str, list[Answers]] = {}
     predicted: dict[str, list[Answers]] = {}

@@ -80,6 +80,11 @@ class Part:
         with self._runs.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(run)) + "\n")
 
+    @property
+    def has_runs(self) -> bool:
+        """Whether any is over."""
+        return self._runs.exists()
+
     def runs(self) -> list[MeasuredRun]:
         """Those that are over, in their order. Raises InputError where there are none."""
         return [MeasuredRun(**row) for row in rows_of(self._runs)]

@@ -47,7 +47,7 @@ def parity_of(deployments: Sequence[Deployment]) -> Parity:
         files = sorted(deployment.part.journal.glob("*.jsonl"))
         reports += [(deployment.name, replay_journal(file, trust=True)) for file in files]
         simulated = [_simulated_policy(deployment, run) for run in deployment.runs]
-        unlike += policy_differences(_policies_in(files), simulated)
+        unlike += policy_differences(_policies_in(files), simulated, one_more=deployment.cut_off)
     return Parity(
         journals=len(reports),
         events=sum(report.events for _, report in reports),
@@ -79,12 +79,12 @@ def _changes(policies: Sequence[PolicySpec]) -> list[PolicySpec]:
 
 
 def policy_differences(
-    deployed: Sequence[PolicySpec], planned: Sequence[PolicySpec]
+    deployed: Sequence[PolicySpec], planned: Sequence[PolicySpec], *, one_more: bool = False
 ) -> Iterator[str]:
     """Where the policies of a deployment's journal, in their order, are not those that its runs
-    are simulated under."""
+    are simulated under. `one_more` may be in the journal, of a run that was cut off."""
     wanted = _changes(planned)
-    if len(deployed) != len(wanted):
+    if len(deployed) != len(wanted) + (one_more and len(deployed) > len(wanted)):
         yield f"{len(deployed)} policies were deployed in turn, {len(wanted)} were to be"
     for number, (one, other) in enumerate(zip(deployed, wanted, strict=False), start=1):
         if one != other:

@@ -86,6 +86,8 @@ class Report:
     """By workload."""
     parity: Parity | None = None
     """None if no journal was replayed."""
+    cut_off: tuple[str, ...] = ()
+    """Parts that were not measured to their end."""
     cpu: Mapping[str, Cpu]
     """Of runs other than those of `loads`, by what they are called."""
     wall_s: Mapping[str, float]
@@ -113,7 +115,7 @@ class Report:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Parts that the limits ask for and nobody measured."""
+        """Parts, or the ends of parts, that are asked for and nobody measured."""
         limits = self.limits
         steps_judged = limits.step_mape is not None or limits.step_total is not None
         parts = {
@@ -123,7 +125,8 @@ class Report:
             "ranking": not limits.judge_ranking or self.rankings,
             "parity": self.parity is not None and self.parity.events,
         }
-        return tuple(part for part, there in parts.items() if not there)
+        ends = tuple(f"the end of {part}" for part in self.cut_off)
+        return tuple(part for part, there in parts.items() if not there) + ends
 
     @property
     def failed(self) -> tuple[str, ...]:
