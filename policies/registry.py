@@ -64,7 +64,7 @@ def policy_names() -> list[str]:
 
 
 def policy_class(spec: PolicySpec, folder: Path | None = None) -> type[Policy]:
-    """The class that a spec names. Relative files are looked up in `folder` (default: here)."""
+    """The class that a spec names. Relative files are looked up in `folder`, else here."""
     return _resolve(spec, folder)[0]
 
 
@@ -119,7 +119,8 @@ def _load(place: Any, folder: Path | None) -> type[Policy]:
             f"{place!r} names no class: write module:Class or path/to/file.py:Class", "class"
         )
     if where.endswith(".py"):
-        module = _load_file((folder or Path()) / where, where)
+        beside = (folder or Path()) / where
+        module = _load_file(beside if beside.exists() else Path(where), where)
     else:
         module = _load_module(where)
     found = getattr(module, class_name, None)

@@ -141,6 +141,16 @@ def test_a_trace_path_starts_in_the_files_folder(file: Path, tmp_path: Path) -> 
     assert build_workload(experiment.workload, "m").total_requests == 2
 
 
+def test_a_trace_that_is_not_there_is_looked_up_where_one_stands(
+    file: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path_factory.mktemp("here")
+    (here / "t.csv").write_text(TRACE)
+    monkeypatch.chdir(here)
+    experiment = load_experiment(file, ["workload={kind: trace, path: t.csv}"])
+    assert build_workload(experiment.workload, "m").total_requests == 2
+
+
 def test_a_shared_trace_is_looked_up_in_the_shared_folder(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

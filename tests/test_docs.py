@@ -2,9 +2,12 @@
 
 import doctest
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from policies.interface import Dispatch, Hold
 from policies.testing import cluster, request
@@ -35,10 +38,19 @@ def test_the_readmes_policy_takes_the_shortest_queue_below_its_cap() -> None:
     assert policy.place(request(), cluster(r0=busy, r1=busy)) == Hold()
 
 
-def test_the_readmes_policy_passes_the_examination_that_the_readme_shows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_the_readmes_policy_can_be_examined_and_run_as_the_readme_shows(
+    command: str, tmp_path: Path
+) -> None:
     (tmp_path / "short_queue.py").write_text(_policy_of_the_readme(), encoding="utf-8")
-    command = [sys.executable, "-m", "viisim", "check", "short_queue.py:ShortQueue"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    (line,) = re.findall(
+        rf"^    viisim ({command} .*short_queue\.py.*)$", README, flags=re.MULTILINE
+    )
+    words = [sys.executable, "-m", "viisim", *shlex.split(line)]
+    if command == "run":
+        words += ["--set", "workload.requests=20"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -72,6 +72,12 @@ def test_a_policy_is_loaded_from_a_file_relative_to_a_folder(own):
     assert make_policy({"class": "own.py:Own", "limit": 3}, own).limit == 3
 
 
+def test_a_file_that_is_not_in_the_folder_is_looked_up_here(own, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(own)
+    elsewhere = tmp_path_factory.mktemp("experiments")
+    assert make_policy({"class": "own.py:Own", "limit": 3}, elsewhere).limit == 3
+
+
 def test_a_file_is_loaded_once_while_it_stays_the_same(own):
     assert policy_class("own.py:Own", own) is policy_class(f"{own}/own.py:Own")
 

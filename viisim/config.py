@@ -5,10 +5,11 @@ whole against the models below, which are also the schema for editors. What can 
 without running is checked here: the policy is made once, profiles are read, engine settings
 are compared with what vLLM would accept.
 
-Paths are kept as they were written and are opened relative to the file's folder; a path that
-begins with `$VIISIM_SHARED/` is looked up in the folder of shared traces. So `resolved` holds no
-path of this machine: an absolute path is reduced to its file name there, and whoever runs the
-result again says where the file is (`--set workload.path=FILE`).
+Paths are kept as they were written and are opened relative to the file's folder; what is not there
+(of a `--set`, say) is opened from where one stands; a path that begins with `$VIISIM_SHARED/` is
+looked up in the folder of shared traces. So `resolved` holds no path of this machine: an absolute
+path is reduced to its file name there, and whoever runs the result again says where the file is
+(`--set workload.path=FILE`).
 """
 
 from __future__ import annotations

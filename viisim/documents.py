@@ -162,6 +162,13 @@ def _index(entries: list[Any], key: str, where: str) -> int:
     return int(key)
 
 
+def named_file(path: str, folder: Path) -> Path:
+    """The file that a document in `folder`, or a `--set` of the caller's, names: it lies beside
+    the document, else where a shell would look for it."""
+    beside = folder / path
+    return beside if beside.exists() or not Path(path).exists() else Path(path)
+
+
 # --------------------------------------------------------------------------------------
 # Saying what is wrong
 

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from viisim.documents import Strict, check, inside, nearest, read_yaml
+from viisim.documents import Strict, check, inside, named_file, nearest, read_yaml
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.errors import InputError
 
@@ -256,12 +256,12 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name_or_path: str, folder: Path = Path()) -> Profile:
-    """A profile that ships, by name, or a file (`.yaml`, `.yml`) relative to `folder`.
+    """A profile that ships, by name, or a file (`.yaml`, `.yml`) relative to `folder`, else here.
 
     Raises InputError for an unknown name or a file that is no profile.
     """
     if name_or_path.endswith((".yaml", ".yml")):
-        path = folder / name_or_path
+        path = named_file(name_or_path, folder)
         return check(Profile, read_yaml(path), str(path), path.parent)
     names = profile_names()
     if name_or_path not in names:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, Field, PrivateAttr, WithJsonSchema, model_validator
 
-from viisim.documents import Strict, inside
+from viisim.documents import Strict, inside, named_file
 from viisim.profile import Count
 from viisim.workload.arrivals import Gamma, Gaps, Poisson, RateCurve, Weibull
 from viisim.workload.parameters import MAX_TOKENS
@@ -42,7 +42,7 @@ class Located(Strict):
         """Where on this machine a file is that the document names."""
         if path.startswith(_SHARED):
             return shared_folder() / path.removeprefix(_SHARED)
-        return self._folder / path
+        return named_file(path, self._folder)
 
 
 # --------------------------------------------------------------------------------------
