@@ -13,7 +13,8 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from viisim.conform import GoldenConfig, GoldenRequest, Observation
+from viisim.conform import Observation
+from viisim.golden import GoldenConfig, GoldenRequest
 
 Key = tuple[tuple[int, int, int], ...]
 """All tokens from the start of a sequence to the end of a block, as runs (segment, k of the first

@@ -27,10 +27,10 @@ from policies.interface import (
     Verdict,
 )
 from policies.testing import request
-from viisim.conform import GoldenAbort, GoldenConfig, GoldenRequest, Scenario
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.step_time import CalibratedRange, DecodePoint, StepTime
 from viisim.engine.stepwise import SteppedScheduler
+from viisim.golden import GoldenAbort, GoldenConfig, GoldenRequest, Scenario
 from viisim.simulation import ReplicaSpec, Simulation
 from viisim.workload.request import Request
 

@@ -10,23 +10,19 @@ from typing import Any
 import pytest
 
 from tests.plain_engine import PlainEngine
-from viisim.conform import (
+from viisim.conform import Difference, check_scenario, conform, first_difference, replay
+from viisim.errors import InputError
+from viisim.golden import (
     STEP_FIELDS,
-    Difference,
     GoldenAbort,
     GoldenConfig,
     GoldenRequest,
     Line,
     Scenario,
-    check_scenario,
-    conform,
-    first_difference,
     golden_files,
     load_scenario,
-    replay,
     scenarios,
 )
-from viisim.errors import InputError
 
 NOTHING: frozenset[str] = frozenset()
 

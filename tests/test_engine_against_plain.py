@@ -17,19 +17,10 @@ from hypothesis import strategies as st
 
 from tests.plain_engine import Key, PlainEngine
 from tests.random_scenarios import Pieces, length_of, scenarios
-from viisim.conform import (
-    Difference,
-    GoldenAbort,
-    GoldenConfig,
-    GoldenRequest,
-    Line,
-    Scenario,
-    StepEngine,
-    first_difference,
-    replay,
-)
+from viisim.conform import Difference, StepEngine, first_difference, replay
 from viisim.engine.blocks import BlockKey, BlockPool, Run
 from viisim.engine.stepwise import SteppedScheduler
+from viisim.golden import GoldenAbort, GoldenConfig, GoldenRequest, Line, Scenario
 
 #: The content of one free block: None without a key, PRIVATE where nobody can look it up.
 Content = Key | str | None

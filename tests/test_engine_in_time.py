@@ -16,8 +16,8 @@ from hypothesis import assume, given, settings
 
 from tests.plain_engine import PlainEngine, Sequence
 from tests.random_scenarios import LONG_S, World, simulation, timed_scenarios
-from viisim.conform import GoldenConfig, Scenario
 from viisim.engine.step_time import StepTime
+from viisim.golden import GoldenConfig, Scenario
 from viisim.records import ITL_EDGES_S
 
 FUZZ = settings(max_examples=60, derandomize=True, deadline=None)

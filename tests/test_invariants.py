@@ -46,11 +46,12 @@ from tests.random_scenarios import (
     timed_scenarios,
     worlds,
 )
-from viisim.conform import Scenario, replay
+from viisim.conform import replay
 from viisim.engine.engine import Engine
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.sequence import Sequence as EngineSequence
 from viisim.engine.stepwise import SteppedScheduler
+from viisim.golden import Scenario
 from viisim.records import FINISHED, REFUSED, SHED, UNFINISHED, SeedResult
 from viisim.simulation import Simulation
 from viisim.workload.request import Request

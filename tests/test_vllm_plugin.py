@@ -40,9 +40,10 @@ from runtime.vllm_plugin.scenarios import standard_scenarios
 from runtime.vllm_plugin.stepped import SteppedVllm, VllmProcess, record_golden
 from viisim.calibration.read import read_measurements
 from viisim.cli.conform import conform
-from viisim.conform import Scenario, check_scenario, load_scenario, recorded, write_scenario
+from viisim.conform import check_scenario, recorded
 from viisim.engine.stepwise import SteppedScheduler
 from viisim.errors import InputError
+from viisim.golden import Scenario, load_scenario, write_scenario
 
 ROOT = Path(__file__).parents[1]
 VLLM_PYTHON = os.environ.get("VIISIM_VLLM_PYTHON")

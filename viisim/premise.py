@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from policies.interface import RequestView
 from viisim.config import Experiment
-from viisim.conform import GoldenConfig, GoldenRequest
 from viisim.engine.step_time import PS_PER_S, StepTime
 from viisim.engine.stepwise import SteppedScheduler
 from viisim.experiment import run_seed
+from viisim.golden import GoldenConfig, GoldenRequest
 from viisim.hardware import load_device
 from viisim.metrics import latencies
 from viisim.models import load_model

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from viisim.conform import GoldenAbort, GoldenConfig, GoldenRequest, Scenario
+from viisim.golden import GoldenAbort, GoldenConfig, GoldenRequest, Scenario
 
 Pieces = tuple[tuple[int, int], ...]
 

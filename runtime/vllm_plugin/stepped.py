@@ -12,18 +12,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from runtime.vllm_plugin import version_warning
-from viisim.conform import (
-    Difference,
-    EngineFailed,
-    GoldenConfig,
-    GoldenRequest,
-    Observation,
-    Scenario,
-    first_difference,
-    recorded,
-    write_scenario,
-)
+from viisim.conform import Difference, EngineFailed, Observation, first_difference, recorded
 from viisim.errors import InputError
+from viisim.golden import GoldenConfig, GoldenRequest, Scenario, write_scenario
 
 _SCRIPT = Path(__file__).with_name("golden.py")
 

@@ -12,7 +12,8 @@ from viisim.cli.terminal import progress
 from viisim.errors import InputError
 
 if TYPE_CHECKING:
-    from viisim.conform import Report, Scenario
+    from viisim.conform import Report
+    from viisim.golden import Scenario
 
 
 def conform(
@@ -56,8 +57,9 @@ def conform(
 
 def _compare(paths: Sequence[Path]) -> Report:
     """Examine the simulated engine, saying each difference when it is found."""
-    from viisim.conform import Report, check_scenario, golden_files, load_scenario
+    from viisim.conform import Report, check_scenario
     from viisim.engine.stepwise import SteppedScheduler
+    from viisim.golden import golden_files, load_scenario
 
     files = golden_files(paths)
     outcomes = []
@@ -100,7 +102,7 @@ def _record(paths: Sequence[Path], folder: Path, python: Path | None) -> None:
 def _scenarios(paths: Sequence[Path]) -> list[Scenario]:
     """Those of the traces at these paths; the standard ones where there are no paths."""
     from runtime.vllm_plugin.scenarios import standard_scenarios
-    from viisim.conform import scenarios
+    from viisim.golden import scenarios
 
     if not paths:
         return standard_scenarios()

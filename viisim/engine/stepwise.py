@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 
-from viisim.conform import GoldenConfig, GoldenRequest, Observation
+from viisim.conform import Observation
 from viisim.engine.scheduler import Batch, Scheduler, SchedulerSettings
 from viisim.engine.sequence import DECODING, Sequence
+from viisim.golden import GoldenConfig, GoldenRequest
 
 
 class SteppedScheduler:
