@@ -15,8 +15,8 @@ What is equal for all:
 - Requests: lengths, classes, instants. Contents differ from run to run, so that none finds
   another's prompts in a prefix cache. Prompts are texts of one character a token, because smg
   takes no token ids; that counts true for the character tokenizers of experiments/vllm_cpu.
-- Engines, which schedule by priority. The rivals pass on the one in the request's body; viisim
-  tells the engine what the policy says, and of the shipped ones only `hybrid` says anything.
+- Engines, which schedule by priority. The rivals pass on the one in the request's body, and so
+  does viisim where the policy says nothing else, as `hybrid` does.
 - A fresh router on workers that have nothing to do.
 
 What is not: viisim is told the engines' settings and step times (the experiment's profiles), and

@@ -339,7 +339,7 @@ class SchedulerCore(Saved):
         if replica.state != "ready" or replica.probing:
             self._check_takes_requests(replica, action)
             view.forget_ready()
-        if action.engine_priority and type(action.engine_priority) is not int:
+        if action.engine_priority is not None and type(action.engine_priority) is not int:
             raise InvalidAction(f"{action}: engine_priority is an integer, smaller first")
         entry.attempt += 1
         entry.state = IN_FLIGHT

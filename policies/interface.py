@@ -234,8 +234,9 @@ class Dispatch:
 
     request_id: str
     replica_id: str
-    engine_priority: int = 0
-    """Priority inside the engine (vLLM's `--scheduling-policy priority`; smaller first)."""
+    engine_priority: int | None = None
+    """Priority inside the engine (vLLM's `--scheduling-policy priority`; smaller first); None: the
+    request's own."""
     attempt: int = 1
 
 

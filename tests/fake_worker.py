@@ -36,6 +36,8 @@ class FakeWorker:
     """While it is not set, the worker hangs after taking a request."""
     taken: "asyncio.Queue[tuple[str, int]]" = field(default_factory=asyncio.Queue)
     """(request id, attempt) of what was sent here."""
+    priorities: list[int] = field(default_factory=list)
+    """What the engine was told of each."""
     shown: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a first piece has been read."""
     readings: "asyncio.Queue[Reading]" = field(default_factory=asyncio.Queue)
@@ -54,6 +56,7 @@ class FakeWorker:
         self.inflight += 1
         self.peak = max(self.peak, self.inflight)
         self.taken.put_nowait((job.request.id, job.attempt))
+        self.priorities.append(job.engine_priority)
         tokens = 0
         try:
             await self._wait_for_gate()

@@ -377,6 +377,23 @@ class TestFaults:
         run(scenario)
 
 
+class TestPriority:
+    @pytest.mark.parametrize(("said", "told"), [(None, 5), (0, 0), (-2, -2)])
+    def test_the_engine_is_told_the_requests_own_unless_the_policy_says_another(
+        self, said: int | None, told: int
+    ):
+        action = Dispatch("q", "r0", said)
+
+        async def scenario() -> None:
+            worker = FakeWorker("r0")
+            subject, _ = driver(Planner(action), worker)
+            async with subject:
+                await subject.submit(request(id="q", priority=5))
+            assert worker.priorities == [told]
+
+        run(scenario)
+
+
 class TestWithdrawing:
     def test_a_preempted_request_is_withdrawn_requeued_and_answered_later(self):
         async def scenario() -> None:

@@ -39,7 +39,7 @@ def test_of_the_replicas_with_room_the_lightest_is_taken():
         r1=kv(0.5, outstanding_tokens=1600),
         r2=kv(0.6, outstanding_tokens=1590),
     )
-    assert Hybrid().place(interactive(), view) == Dispatch("q", "r2")
+    assert Hybrid().place(interactive(), view) == Dispatch("q", "r2", 0)
 
 
 def test_a_request_without_room_is_held():
@@ -58,7 +58,7 @@ def test_the_predicted_output_needs_room_too():
 
 def test_the_output_limit_needs_none():
     view = cluster(r0=kv(0.75))
-    assert Hybrid().place(interactive(max_output_tokens=2000), view) == Dispatch("q", "r0")
+    assert Hybrid().place(interactive(max_output_tokens=2000), view) == Dispatch("q", "r0", 0)
 
 
 def test_what_was_sent_since_the_gauges_needs_room_too():
@@ -72,9 +72,8 @@ def test_what_waits_in_the_engine_needs_room_too():
 
 
 def test_gauges_do_not_count_what_has_ended_since():
-    assert Hybrid().place(interactive(), cluster(r0=kv(1.0, outstanding_tokens=300))) == Dispatch(
-        "q", "r0"
-    )
+    view = cluster(r0=kv(1.0, outstanding_tokens=300))
+    assert Hybrid().place(interactive(), view) == Dispatch("q", "r0", 0)
 
 
 def test_before_the_first_gauges_what_is_in_flight_counts():
@@ -94,7 +93,7 @@ def test_a_replica_without_a_free_sequence_takes_nothing():
 
 def test_where_the_cache_size_is_unknown_sequences_alone_count():
     view = cluster(r0=kv(1.0, blocks=0, outstanding_tokens=9999, max_num_seqs=2))
-    assert Hybrid().place(interactive(), view) == Dispatch("q", "r0")
+    assert Hybrid().place(interactive(), view) == Dispatch("q", "r0", 0)
 
 
 # -- classes -----------------------------------------------------------------------------------
@@ -107,13 +106,13 @@ def test_batch_leaves_headroom_for_interactive_requests():
 
 def test_interactive_requests_use_the_headroom():
     view = cluster(r0=kv(0.6))
-    assert Hybrid(batch_share=0.6).place(interactive(), view) == Dispatch("q", "r0")
+    assert Hybrid(batch_share=0.6).place(interactive(), view) == Dispatch("q", "r0", 0)
 
 
 def test_aged_batch_uses_the_headroom_as_an_interactive_request():
     view = cluster(130.0, r0=kv(0.6))
     asked = batch(arrived_s=30.0)
-    assert Hybrid(aging_s=100.0, batch_share=0.6).place(asked, view) == Dispatch("q", "r0")
+    assert Hybrid(aging_s=100.0, batch_share=0.6).place(asked, view) == Dispatch("q", "r0", 0)
 
 
 def test_the_engine_is_told_the_class():
@@ -128,7 +127,7 @@ def test_a_request_above_interactive_stays_above_in_the_engine():
 def test_held_batch_does_not_hold_interactive_requests():
     policy, view = Hybrid(batch_share=0.6), cluster(r0=kv(0.6))
     policy.place(batch(id="b"), view)
-    assert policy.place(interactive(), view) == Dispatch("q", "r0")
+    assert policy.place(interactive(), view) == Dispatch("q", "r0", 0)
 
 
 def test_nothing_small_overtakes_a_held_interactive_request():
@@ -141,7 +140,7 @@ def test_a_held_request_holds_its_own_model_only():
     policy = Hybrid()
     view = cluster(r0=kv(0.95), r1=kv(0.1, model="n"))
     policy.place(interactive(id="held"), view)
-    assert policy.place(interactive(model="n"), view) == Dispatch("q", "r1")
+    assert policy.place(interactive(model="n"), view) == Dispatch("q", "r1", 0)
 
 
 def test_the_next_event_asks_anew():
@@ -149,14 +148,14 @@ def test_the_next_event_asks_anew():
     policy.place(interactive(), cluster(r0=kv(0.95)))
     view = cluster(1.0, r0=kv(0.5))
     policy.observe(Gauges(1.0, "r0", 1.0, 1, 0, 0.5), view)
-    assert policy.place(interactive(), view) == Dispatch("q", "r0")
+    assert policy.place(interactive(), view) == Dispatch("q", "r0", 0)
 
 
 def test_without_a_ready_replica_nobody_is_held_for_room():
     """A retry that has to go elsewhere must not stop those that need not."""
     policy = Hybrid()
     assert policy.place(interactive(id="retry"), cluster()) == Hold()
-    assert policy.place(interactive(), cluster(r0=kv(0.1))) == Dispatch("q", "r0")
+    assert policy.place(interactive(), cluster(r0=kv(0.1))) == Dispatch("q", "r0", 0)
 
 
 @pytest.mark.parametrize(

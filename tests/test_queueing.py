@@ -54,8 +54,10 @@ def served(
     replicas: int = 1,
     seats: int = 1,
     scrape_s: float = 1.0,
+    priorities: NDArray[np.int64] | None = None,
 ) -> SeedResult:
-    """Poisson arrivals of requests with these output lengths; each step takes STEP_S."""
+    """Poisson arrivals of requests with these output lengths; each step takes STEP_S. Engines
+    schedule by `priorities`, where there are any."""
     gaps_s = Streams(7)["arrivals"].exponential(1 / arrivals_per_s, len(lengths))
     arrived_ns = np.round(np.cumsum(gaps_s) * 1e9).astype(np.int64)
     engine = SchedulerSettings(
@@ -64,17 +66,26 @@ def served(
         max_num_batched_tokens=64,
         max_model_len=60_000,
         prefix_caching=False,
+        scheduling_policy="fcfs" if priorities is None else "priority",
     )
+    if priorities is None:
+        priorities = np.zeros_like(lengths)
     step_time = StepTime([DecodePoint(1, STEP_S, 0.0)], seats, STEP_S, 0.0)
     requests = (
         Request(
-            request(id=f"q{number}", arrived_s=at_ns / 1e9, prompt_tokens=1, streamed=False),
+            request(
+                id=f"q{number}",
+                arrived_s=at_ns / 1e9,
+                prompt_tokens=1,
+                streamed=False,
+                priority=priority,
+            ),
             at_ns,
             ((number, 1),),
             length,
         )
-        for number, (at_ns, length) in enumerate(
-            zip(arrived_ns.tolist(), lengths.tolist(), strict=True)
+        for number, (at_ns, length, priority) in enumerate(
+            zip(arrived_ns.tolist(), lengths.tolist(), priorities.tolist(), strict=True)
         )
     )
     specs = [ReplicaSpec(f"r{n}", "m", (f"gpu{n}",), engine, step_time) for n in range(replicas)]
@@ -168,6 +179,18 @@ def test_mean_wait_of_one_server_follows_pollaczek_and_khinchine(
         arrivals_per_s, mean_tokens * STEP_S, second_tokens2 * STEP_S**2
     )
     agrees(waits_s(result), theory_s)
+
+
+def test_mean_waits_by_priority_in_an_engine_follow_cobham() -> None:
+    """Of a policy that says nothing of priorities: requests keep their own, and the urgent ones
+    overtake those that wait, not the one that is served (Cobham 1954, two classes)."""
+    lengths, chance = geometric(1_000)
+    mean_s, load = STEP_S / chance, 0.6
+    priorities = Streams(7)["priorities"].integers(2, size=REQUESTS)
+    result = served(lengths, load / mean_s, GaugeReader(), priorities=priorities)
+    waits, residual_s = waits_s(result), load * mean_s  # of the one in service
+    agrees(waits[priorities == 0], residual_s / (1 - load / 2))
+    agrees(waits[priorities == 1], residual_s / (1 - load / 2) / (1 - load))
 
 
 @pytest.mark.parametrize(("replicas", "seats"), [(1, 1), (2, 8)])

@@ -211,7 +211,7 @@ def _said(verdict: object) -> str:
     from policies.interface import Dispatch, Preempt
 
     match verdict:
-        case Dispatch(_, replica_id, 0):
+        case Dispatch(_, replica_id, None):
             return f"dispatch to {replica_id}"
         case Dispatch(_, replica_id, priority):
             return f"dispatch to {replica_id} with engine priority {priority}"
