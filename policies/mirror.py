@@ -99,10 +99,12 @@ class Mirror:
         """How much of its answer a decoding sequence has given so far."""
         return self.steps - flight.joined + 1
 
-    def prefill_share(self, tpot_slo_s: float) -> float:
-        """Share of the time that prompts may take while decoding keeps up with its objective."""
+    def prefill_share(self) -> float:
+        """Share of the time that prompts may take while those who decode keep up with their
+        objectives, in the mean."""
         if not self.decodes:
             return 1.0
+        tpot_slo_s = sum(flight.tpot_slo_s for flight in self.decodes.values()) / len(self.decodes)
         return max(1 - self._decode_step_s() / tpot_slo_s, LEAST_PREFILL_SHARE)
 
     def backlog_s(self) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from policies.interface import (
     Cancelled,
@@ -31,8 +31,8 @@ from policies.prefix import PrefixIndex
 LATE_SLACK_SHARE = 0.7
 """Of a stream's slack: so much a request that is late anyway may use up."""
 SHORT_BACKLOG_SHARE = 0.1
-"""Of the TTFT objective: a replica with less of prompts to compute is given more, so that it
-stays busy and little is bound too early."""
+"""Of the tightest TTFT objective: a replica with less of prompts to compute is given more, so that
+it stays busy, and who has least time is not behind what was bound too early."""
 USABLE_KV_SHARE = 0.95
 """Of the KV blocks: so many may be filled by prompts and guessed answers."""
 NEW_ANSWER_TOKENS = 256
@@ -50,6 +50,15 @@ class Objective:
 
     ttft_s: float
     tpot_s: float
+
+
+class Waiting(NamedTuple):
+    """A queued request that can be served in time."""
+
+    prompt_s: float
+    """What its prompt takes where it is fastest."""
+    turn_s: float
+    """Those of an earlier one go first."""
 
 
 class Twin(Policy):
@@ -91,6 +100,9 @@ class Twin(Policy):
             name: _objective(f"classes.{name}.", general, given)
             for name, given in (classes or {}).items()
         }
+        self._tightest_ttft_s = min(
+            each.ttft_s for each in (self._general, *self._classes.values())
+        )
         if not (_is_number(late_share) and 0 < late_share <= 1):
             raise ValueError(f"late_share is {late_share!r}: give a share above 0, up to 1")
         if not (_is_number(aging_s) and aging_s >= 0):
@@ -103,8 +115,8 @@ class Twin(Policy):
         self._mirrors: dict[str, dict[str, Mirror]] = {}
         """By model and replica."""
         self._where: dict[str, Mirror] = {}
-        self._on_time: dict[str, float] = {}
-        """Queued requests that can be served in time, with the time their prompts take."""
+        self._on_time: dict[str, Waiting] = {}
+        """Queued requests that can be served in time."""
         self._late: dict[str, None] = {}
         """Queued requests that cannot, in order of arrival."""
         self._history = History()
@@ -120,21 +132,27 @@ class Twin(Policy):
 
     def rank(self, request: RequestView) -> Any:
         """Those on time before the late ones, by latest start; these by arrival."""
-        from_s = request.arrived_s + request.priority * self._aging_s
         if request.id in self._late:
-            return True, from_s
-        patience_s = self._due_s(request) - request.arrived_s - self._on_time.get(request.id, 0.0)
-        return False, from_s + patience_s
+            return True, request.arrived_s + request.priority * self._aging_s
+        waiting = self._on_time.get(request.id)
+        return False, self._turn_s(request, 0.0) if waiting is None else waiting.turn_s
+
+    def _turn_s(self, request: RequestView, prompt_s: float) -> float:
+        """Its latest start, as far as its priority lets that count."""
+        return self._due_s(request) - prompt_s + request.priority * self._aging_s
 
     def _sort_in(self, request: RequestView) -> None:
-        """Late: it could not even start in time behind all those on time and in prefill."""
+        """Late: it could not even start in time behind those in prefill and those on time that
+        go first."""
         mirrors = self._mirrors.get(request.model, {})
         prompts_s = [self._prompt_s(request, *item) for item in mirrors.items()]
         fastest_s = min(prompts_s, default=0.0)
-        ahead_s, capacity, soonest_s, own_s = sum(self._on_time.values()), 0.0, inf, inf
+        turn_s = self._turn_s(request, fastest_s)
+        first = (other.prompt_s for other in self._on_time.values() if other.turn_s <= turn_s)
+        ahead_s, capacity, soonest_s, own_s = sum(first), 0.0, inf, inf
         for mirror, prompt_s in zip(mirrors.values(), prompts_s, strict=True):
             mirror.advance(request.arrived_s)
-            share = mirror.prefill_share(self._general.tpot_s)
+            share = mirror.prefill_share()
             speed, backlog_s = (fastest_s or 1.0) / (prompt_s or 1.0), mirror.backlog_s()
             ahead_s += backlog_s * speed
             capacity += share * speed
@@ -144,7 +162,7 @@ class Twin(Policy):
         if request.arrived_s + wait_s > self._due_s(request):
             self._late[request.id] = None
         else:
-            self._on_time[request.id] = fastest_s
+            self._on_time[request.id] = Waiting(fastest_s, turn_s)
 
     def _prompt_s(self, request: RequestView, replica_id: str, mirror: Mirror) -> float:
         """Time that the replica alone would take for the prompt."""
@@ -209,7 +227,7 @@ class Twin(Policy):
         """Whether holding on would gain nothing."""
         if not view.replica(best.replica_id).inflight_requests:
             return True
-        is_short = best.backlog_s <= SHORT_BACKLOG_SHARE * self._objective(request).ttft_s
+        is_short = best.backlog_s <= SHORT_BACKLOG_SHARE * self._tightest_ttft_s
         if request.id in self._late:
             return (is_short and self._credit >= 1) or not (best.harmed or best.backlog_s)
         return best.misses or (is_short and not best.harmed)

@@ -192,6 +192,13 @@ def test_an_earlier_time_changes_nothing():
     assert mirror.backlog_s() == pytest.approx(0.5)
 
 
+def test_prompts_may_take_what_decoding_leaves_of_its_mean_objective():
+    """Of two streams with steps of 20 ms, one may have 100 ms a token, the other 300."""
+    mirror = mirror_of(flight("a", tpot_slo_s=0.1), flight("b", tpot_slo_s=0.3))
+    mirror.advance(2.0)
+    assert mirror.prefill_share() == pytest.approx(0.9)
+
+
 def foresee(mirror, newcomer, now_s=0.0, due_s=99.0):
     mirror.advance(now_s)
     return mirror.foresee("r0", newcomer, now_s, due_s, 1.0)
@@ -297,13 +304,15 @@ def test_classes_have_objectives_of_their_own():
 class Overloaded:
     """One replica and more requests than it can serve in time, behind a core."""
 
-    def __init__(self, policy, count):
+    def __init__(self, policy, count, **fields):
         self.core = SchedulerCore(policy)
         self.order = []
         ready = ReplicaChanged(0.0, "r0", "ready", "m", (), 64, 10_000, step_costs=FLAT)
         self.tell(ready)
         for number in range(count):
-            wanted = request(id=f"q{number}", prompt_tokens=980, predicted_output_tokens=2)
+            wanted = request(
+                id=f"q{number}", prompt_tokens=980, predicted_output_tokens=2, **fields
+            )
             self.tell(Arrived(0.0, wanted))
 
     def tell(self, event):
@@ -327,6 +336,14 @@ def test_who_can_be_served_in_time_goes_before_who_cannot():
         name = served.order[-1]
         served.tell(Finished(float(second), name, 1, 1))
     assert served.order == ["q0", "q1", "q2", "q3", "q4", "new", "q5"]
+
+
+def test_nobody_is_late_for_those_who_have_more_time():
+    """Twenty seconds of prompts wait that are due in a minute; the newcomer is due in five."""
+    served = Overloaded(Twin(classes={"batch": {"ttft_slo_s": 60.0}}), 20, traffic_class="batch")
+    served.tell(Arrived(0.0, request(id="new", prompt_tokens=980)))
+    served.serve(1)
+    assert served.order == ["q0", "new"]
 
 
 def test_everybody_is_served_in_the_end():
