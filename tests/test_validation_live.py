@@ -170,6 +170,10 @@ class TestWorkers:
         expected = ["tiny-1b-awq", "tiny-1b-awq-2", "tiny-1b-awq-3"]
         assert self.labels(tmp_path, *changes) == expected
 
+    def test_the_shipped_validation_has_one_kind_a_model(self, tmp_path: Path) -> None:
+        shipped = load_validation(ROOT / "experiments/validation/vllm_cpu.yaml")
+        assert Workers(shipped, tmp_path / "profiles").labels == ["m", "m14"]
+
     def test_those_of_one_deployment_are_calibrated_at_once(self, tmp_path: Path) -> None:
         (entry,) = experiment()["cluster"]["replicas"]
         one = {**entry, "count": 1}
