@@ -239,6 +239,10 @@ class Dispatch:
     request's own."""
     attempt: int = 1
 
+    def priority_of(self, request: RequestView) -> int:
+        """What the engine is told of the request."""
+        return request.priority if self.engine_priority is None else self.engine_priority
+
 
 @frozen
 class Hold:

@@ -97,8 +97,7 @@ class Job:
         self.client = call.client
         """Whatever was given to `Driver.submit`: where the worker puts the answer."""
         self.attempt = action.attempt
-        own, asked = call.request.priority, action.engine_priority
-        self.engine_priority = own if asked is None else asked
+        self.engine_priority = action.priority_of(call.request)
         self.worker_id = action.replica_id
         self.shown = False
         """A byte of the answer has reached the client."""

@@ -382,8 +382,7 @@ class Simulation:
             flight = self._flights[action.request_id] = Flight(flight.index, flight.request)
         flight.dispatched_ns = self.kernel.now
         flight.attempt = action.attempt
-        own, asked = flight.request.view.priority, action.engine_priority
-        flight.priority = own if asked is None else asked
+        flight.priority = action.priority_of(flight.request.view)
         if self._faults is None or self._faults.lets_through(flight, action.replica_id):
             self.hand_over(flight, action.replica_id)
 
