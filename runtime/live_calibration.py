@@ -7,7 +7,8 @@ that a fit of the sweeps has not seen, and their clients' times tell the way to 
 Workers that share a machine are measured at once, so that none has it for itself.
 
 The worker records its own steps (`runtime.vllm_plugin`). They carry the machine's monotonic clock,
-as the client's notes do, and so each step is known to belong to a part of the sweep.
+as the client's notes do, and so each step is known to belong to a part of the sweep. Where the CPU
+computes, each has beside it how many times as long as usual it took, by the speed of the machine.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from runtime.cluster import Planned
 from runtime.live_delays import BusyDelays, Overhead, busy_delays_of, overhead_of
 from runtime.live_front import fronted
 from runtime.live_sweep import Chain, Phase, decode_sizes, sweep, traffic
-from runtime.live_worker import engine_of, running, steps_path
+from runtime.live_worker import engine_of, gauge_path, running, steps_path
 from runtime.load import LoadClient, Record
 from runtime.processes import Home
+from viisim.calibration.gauge import Gauge, Response, fit_response, read_gauge
+from viisim.calibration.own_records import read_steps
 from viisim.errors import InputError
 from viisim.profile import EngineSettings, ProfileEngine
 from viisim.workload.request import Request
@@ -83,6 +86,9 @@ class Measured:
     """None where it was idle most of the time."""
     noise_floor: Mapping[str, float]
     """Relative difference of the means of `ttft`, `tpot` and `e2e` between two equal lists."""
+    response: Response | None
+    """How the steps follow the machine; the profile is for its mean speed. None where that was not
+    gauged."""
     start_s: float
     """How long the worker took to start."""
     sweep_s: float
@@ -129,7 +135,7 @@ def _means(records: Sequence[Record]) -> dict[str, float]:
 async def _busy(replica: Planned, cards: Sequence[int], home: Home) -> AsyncIterator[None]:
     """Another worker of the machine, behind the proxy and under traffic meanwhile."""
     settings = replica.entry.engine.resolve(replica.entry.load_profile())
-    steps = home.folder / f"{replica.id}.beside.jsonl"
+    steps = home.folder / f"{replica.id}.beside.steps.jsonl"
     async with (
         running(replica, cards, home, steps, replica.id),
         fronted(replica, home) as url,
@@ -247,6 +253,9 @@ async def _send_to_all(started: Sequence[_Started], say: Callable[[str], None]) 
 def _learned(started: _Started, sent: Sequence[Sent], rows: Sequence[Row]) -> Measured:
     """What the requests and the steps show, and their files."""
     folder = started.subject.home.folder
+    gauge, response = read_gauge(gauge_path(started.file)), None
+    if gauge is not None:
+        response = _gauged(rows, gauge, gauge.mean_s(sent[0].begin_s, sent[-1].end_s))
     _write_requests(folder / "requests.jsonl", sent)
     files = {part: _write_steps(folder, part, sent, rows) for part in _PARTS}
     lone = [one for one in sent if one.name == "alone"]
@@ -264,6 +273,7 @@ def _learned(started: _Started, sent: Sequence[Sent], rows: Sequence[Row]) -> Me
             _records(traffics), list(_during(traffics, rows)), overhead.request_per_prompt_token_s
         ),
         noise_floor=noise_floor_of(*(_records(own) for own in lists.values())),
+        response=response,
         start_s=started.start_s,
         sweep_s=sum(one.end_s - one.begin_s for one in swept),
         total_s=sent[-1].end_s - sent[0].begin_s,
@@ -334,6 +344,19 @@ def _rows(file: Path, since_s: float) -> list[Row]:
     if not rows:
         raise InputError(f"{file}: the worker recorded no step; look into its log for `viisim:`")
     return rows
+
+
+def _gauged(rows: Sequence[Row], gauge: Gauge, work_s: float) -> Response:
+    """How the steps follow the machine; to each is added how many times as long as usual it took
+    by that."""
+    busy = [row for row in rows if row["decode_seqs"] or row["prefill_tokens"]]
+    log = read_steps(busy, Path(), "").steps
+    assert log is not None, "it was read from steps"
+    start_s = np.array([row["start_s"] for row in busy])
+    response, slowdowns = fit_response(log, start_s, gauge, work_s)
+    for row, slowdown in zip(busy, slowdowns, strict=True):
+        row["slowdown"] = round(float(slowdown), 4)
+    return response
 
 
 def _records(sent: Sequence[Sent]) -> list[Record]:

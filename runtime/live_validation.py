@@ -47,12 +47,15 @@ _END_S = 120.0
 
 def recording(file: Path, part: Part, overrides: Sequence[str]) -> list[str]:
     """The overrides under which the experiment's workers, all of kind `vllm`, record their steps
-    in the part's folder."""
+    in the part's folder, and those without cards the machine's speed."""
     changes = list(overrides)
-    environment = recording_environment(part.steps_file("{replica}"))
     for index, entry in enumerate(load_experiment(file, overrides).cluster.replicas):
         key = f"cluster.replicas.{index}.worker"
         args = [*entry.worker.args, "--scheduler-cls", SCHEDULER_CLS]
+        on_cpu = entry.worker.cards == ()
+        environment = recording_environment(
+            part.steps_file("{replica}"), part.gauge_file("{replica}") if on_cpu else None
+        )
         changes.append(f"{key}.args={json.dumps(args)}")
         changes.append(f"{key}.env={json.dumps({**environment, **entry.worker.env})}")
     return changes

@@ -26,10 +26,17 @@ _URL_LIMIT_S = 10.0
 _NUM_BLOCKS = re.compile(rb'^vllm:cache_config_info\{[^}]*\bnum_gpu_blocks="(\d+)"', re.MULTILINE)
 
 
-def recording_command(command: WorkerCommand, steps: Path) -> WorkerCommand:
-    """The same server with a record of each step in `steps`."""
+def recording_command(
+    command: WorkerCommand, steps: Path, gauge: Path | None = None
+) -> WorkerCommand:
+    """The same server with a record of each step in `steps`, and of the machine's speed."""
     argv = (*command.argv, "--scheduler-cls", SCHEDULER_CLS)
-    return replace(command, argv=argv, env={**recording_environment(steps), **command.env})
+    return replace(command, argv=argv, env={**recording_environment(steps, gauge), **command.env})
+
+
+def gauge_path(steps: Path) -> Path:
+    """Where the speed of the machine goes, beside a worker's step records."""
+    return steps.with_name(steps.name.removesuffix(".steps.jsonl") + ".gauge.jsonl")
 
 
 def steps_path(replica: Planned, folder: Path, given: Path | None) -> Path:
@@ -63,9 +70,11 @@ async def running(
         process, limit_s = None, _URL_LIMIT_S
         hint = f"look whether the server runs at {replica.url}"
         if replica.entry.worker.kind == "vllm":
-            _remove(steps)
+            gauge = None if cards else gauge_path(steps)  # without cards, the CPU computes
+            for file in (steps, gauge_path(steps)):
+                _remove(file)
             log = home.folder / f"{name}.log"
-            command = recording_command(command_of(replica, cards, home.mark), steps)
+            command = recording_command(command_of(replica, cards, home.mark), steps, gauge)
             process = await WorkerProcess.start(command, log, home)
             stack.push_async_callback(process.stop)
             limit_s = replica.entry.worker.start_limit(replica.entry.devices)

@@ -2,11 +2,13 @@
 
 It batches as vLLM does, first come first served with chunked prefill, streams the tokens, and
 writes a record of every step to the file that VIISIM_STEP_RECORDS names. A step takes no time;
-what it says of its time follows a straight line.
+what it says of its time follows a straight line, times how slow the machine is just then. That is
+written to the file that VIISIM_MACHINE_GAUGE names.
 """
 
 import asyncio
 import json
+import math
 import os
 import sys
 import time
@@ -25,6 +27,11 @@ REQUEST_S, ANSWER_S = 3e-3, 5e-3
 def word(name: str) -> str:
     """What follows a flag."""
     return sys.argv[sys.argv.index(name) + 1]
+
+
+def slowdown() -> float:
+    """Of the machine, the same for all that run on it."""
+    return 1 + 0.05 * math.sin(time.monotonic() / 5)
 
 
 @dataclass(eq=False)
@@ -49,6 +56,7 @@ class Engine:
         self.most = int(word("--max-num-seqs"))
         # Open as long as the server runs.
         self.records = open(os.environ["VIISIM_STEP_RECORDS"], "a", buffering=1)  # noqa: SIM115
+        self.gauge = open(os.environ["VIISIM_MACHINE_GAUGE"], "a", buffering=1)  # noqa: SIM115
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -80,9 +88,11 @@ class Engine:
             if one.computed == one.prompt:
                 self.send(one)
         base_s = max(DECODE_BASE_S if decodes else 0.0, PREFILL_BASE_S if prefill else 0.0)
+        slow = slowdown()
+        self.gauge.write(json.dumps({"at_s": time.monotonic(), "cpu_s": 0.002 * slow}) + "\n")
         return {
-            "exec_s": base_s + DECODE_CONTEXT_S * context + PREFILL_TOKEN_S * prefill,
-            "host_s": HOST_S,
+            "exec_s": slow * (base_s + DECODE_CONTEXT_S * context + PREFILL_TOKEN_S * prefill),
+            "host_s": slow * HOST_S,
             "waiting": len(self.waiting),
             "decode_seqs": len(decodes),
             "decode_context_tokens": context,

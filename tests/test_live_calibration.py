@@ -321,7 +321,7 @@ def test_as_deployed_a_worker_is_behind_a_proxy_and_beside_the_others(tmp_path: 
     sent = len((folder / "requests.jsonl").read_text().splitlines())
     (journal,) = (folder / "r0.front.journal").glob("*.jsonl")
     assert journal.read_text().count('"event":"Finished"') == sent
-    assert (folder / "r1.beside.jsonl").stat().st_size
+    assert (folder / "r1.beside.steps.jsonl").stat().st_size
 
 
 def test_workers_are_measured_while_the_others_are(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def answers(factor: float = 1.0, ttft: float = 1.0, **other: Any) -> Answers:
 
 
 def compared(*measured: Answers, load: float = 0.3, simulated: Answers | None = None) -> Accuracy:
-    return compare(LoadRun(load, 1.0, measured, simulated or answers()))
+    return compare(LoadRun(load, 1.0, measured, (simulated or answers(),)))
 
 
 def judged(accuracy: Accuracy, what: str, **limits: Any) -> Check:
@@ -158,7 +158,7 @@ def test_close_to_capacity_only_e2e_is_judged_of_latency() -> None:
 def test_close_to_capacity_the_load_at_equal_e2e_will_do(
     equal_load: float | None, passed: bool
 ) -> None:
-    run = LoadRun(0.9, 1.0, (answers(),), answers(1.3), equal_load=equal_load)
+    run = LoadRun(0.9, 1.0, (answers(),), (answers(1.3),), equal_load=equal_load)
     check = judged(compare(run), "mean E2E")
     assert check.passed is passed
     assert check.value == pytest.approx(0.3)
@@ -182,17 +182,35 @@ def test_nothing_measured_does_not_pass() -> None:
 
 @pytest.mark.parametrize(("predicted", "passed"), [(10.4, True), (10.6, False), (9.4, False)])
 def test_capacity_is_judged_against_the_mean_of_repetitions(predicted: float, passed: bool) -> None:
-    [check] = capacity_checks([Capacity("the cluster", "requests/s", (9.0, 11.0), predicted)], FULL)
+    [check] = capacity_checks(
+        [Capacity("the cluster", "requests/s", (9.0, 11.0), (predicted,))], FULL
+    )
     assert check.passed is passed
 
 
-def steps(predicted_s: list[float], *, refitted_s: Floats | None = None) -> StepTimes:
+def recorded(
+    measured_s: Floats, *, worker: str = "w1", start_s: Floats | None = None, **other: Any
+) -> StepTimes:
+    """Steps of one run, decodes of one sequence, a second apart, on a machine that is as fast as
+    when it was calibrated; predicted and refitted to take a second."""
+    count = len(measured_s)
+    known: dict[str, Any] = {
+        "worker": worker,
+        "start_s": np.arange(float(count)) if start_s is None else start_s,
+        "decodes": np.ones(count, dtype=np.int64),
+        "measured_s": measured_s,
+        "calibrated_s": np.ones(count),
+        "refitted_s": np.ones(count),
+        "with_prefill": np.zeros(count, dtype=np.bool_),
+        "slowdown": np.ones(count),
+        "run": np.zeros(count, dtype=np.int64),
+    }
+    return StepTimes(**(known | other))
+
+
+def steps(predicted_s: list[float], **other: Any) -> StepTimes:
     """Of a second each, one after the other."""
-    ones = np.ones(len(predicted_s))
-    refitted = ones if refitted_s is None else refitted_s
-    start_s, decodes = np.arange(len(ones), dtype=float), np.ones(len(ones), dtype=np.int64)
-    prefill = np.zeros(len(ones), dtype=np.bool_)
-    return StepTimes("w1", start_s, decodes, ones, np.array(predicted_s), refitted, prefill)
+    return recorded(np.ones(len(predicted_s)), calibrated_s=np.array(predicted_s), **other)
 
 
 def test_step_errors_that_cancel_leave_the_total_alone() -> None:
@@ -225,8 +243,7 @@ def drifting(seed: int, *, machine: float = 0.0, misfit: float = 0.0) -> StepTim
     speed = np.random.default_rng(0).normal(0, 0.1, 12)[span]
     own = np.random.default_rng(seed).normal(0, 0.1, len(start_s))
     measured_s = np.exp(machine * speed + misfit * decodes + own)
-    ones, prefill = np.ones(len(start_s)), np.zeros(len(start_s), dtype=np.bool_)
-    return StepTimes("w1", start_s, decodes, measured_s, ones, ones, prefill)
+    return recorded(measured_s, start_s=start_s, decodes=decodes)
 
 
 def test_workers_on_a_machine_of_changing_speed_are_slow_at_once() -> None:
@@ -257,25 +274,37 @@ def queue_e2e_s(load: float) -> float:
 
 def test_the_error_at_the_workers_own_speed_is_of_the_means_of_repetitions() -> None:
     measured, own = (answers(1.0), answers(3.0)), (answers(1.1), answers(3.3))
-    accuracy = compare(LoadRun(0.7, 1.0, measured, answers(1.0), at_own_speed=own))
+    accuracy = compare(LoadRun(0.7, 1.0, measured, (answers(1.0),), at_own_speed=own))
     assert accuracy.at_own_speed["e2e_s"] == pytest.approx(0.1)
 
 
-def test_steps_are_predicted_with_the_speed_of_the_probes() -> None:
-    errors = step_errors(replace(steps([1.0] * 5), as_probed=1.5))
+def test_an_error_is_of_the_mean_of_simulated_repetitions() -> None:
+    accuracy = compare(LoadRun(0.7, 1.0, (answers(2.0),), (answers(1.0), answers(3.0))))
+    row = accuracy.row("e2e_s", "mean")
+    assert row is not None
+    assert row.error == pytest.approx(0.0)
+
+
+def test_steps_are_predicted_at_the_machines_speed() -> None:
+    errors = step_errors(steps([1.0] * 5, slowdown=np.full(5, 1.5)))
     assert (errors.mape, errors.total, errors.total_as_calibrated) == (0.5, 0.5, 0.0)
+
+
+def test_the_speed_of_each_run_is_told_as_gauged_and_as_it_was() -> None:
+    measured_s, slowdown = np.array([1.0, 1.0, 2.0]), np.array([0.8, 1.0, 2.4])
+    errors = step_errors(recorded(measured_s, slowdown=slowdown, run=np.array([3, 3, 5])))
+    assert errors.by_run == (1.0, 2.0)
+    assert errors.gauged_by_run == pytest.approx((0.9, 2.4))
+    assert errors.gauge_error == pytest.approx(0.15)
 
 
 def test_slowdowns_are_told_apart_by_what_the_other_worker_does() -> None:
     idle, decoding, prefilling = (np.arange(40.0) + shift for shift in (0.0, 100.0, 200.0))
     start_s = np.concatenate([idle, decoding, prefilling])
     measured_s = np.repeat([0.1, 0.2, 0.3], 40)
-    ones, no = np.ones(120, dtype=np.int64), np.zeros(120, dtype=np.bool_)
-    mine = StepTimes("r0", start_s, ones, measured_s, np.full(120, 0.1), measured_s, no)
+    mine = recorded(measured_s, start_s=start_s, calibrated_s=np.full(120, 0.1))
     busy_s = start_s[40:]
-    other = StepTimes(
-        "r1", busy_s, ones[40:], np.full(80, 0.9), ones[40:] * 0.9, ones[40:] * 0.9, busy_s >= 200
-    )
+    other = recorded(np.full(80, 0.9), start_s=busy_s, with_prefill=busy_s >= 200)
     beside = slowdowns_beside(mine, [other])
     assert beside == pytest.approx({"idle": 1.0, "decoding": 2.0, "prefilling": 3.0})
 
@@ -287,12 +316,12 @@ def test_without_other_workers_all_steps_are_beside_idle_ones() -> None:
 
 def test_the_error_as_calibrated_is_against_the_mean_of_repetitions() -> None:
     measured, calibrated = (answers(1.0), answers(3.0)), answers(1.5)
-    accuracy = compare(LoadRun(0.7, 1.0, measured, answers(1.0), as_calibrated=calibrated))
+    accuracy = compare(LoadRun(0.7, 1.0, measured, (answers(1.0),), as_calibrated=calibrated))
     assert accuracy.as_calibrated["e2e_s"] == pytest.approx(-0.25)
 
 
 def test_without_steps_no_error_is_given_at_the_workers_own_speed() -> None:
-    assert not compare(LoadRun(0.7, 1.0, (answers(),), answers())).at_own_speed
+    assert not compare(LoadRun(0.7, 1.0, (answers(),), (answers(),))).at_own_speed
 
 
 def test_without_any_answer_there_is_no_load_of_equal_e2e() -> None:

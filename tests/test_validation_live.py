@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import Result
@@ -17,14 +18,16 @@ from viisim.cli.validate_live import Workers
 from viisim.config import experiment_from, load_experiment
 from viisim.errors import InputError
 from viisim.validation.config import load_validation
-from viisim.validation.measured import MeasuredRun, Part, measured_answers
+from viisim.validation.measured import MeasuredRun, Part, measured_answers, rows_of
 from viisim.validation.parity import policy_differences
 from viisim.validation.predict import (
+    Speed,
     closed_loop,
     closed_loop_per_s,
-    probe_of,
     requests_at,
     simulated,
+    slowed,
+    stretched,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -251,16 +254,35 @@ class TestRequests:
             present = (columns["arrived_ns"] <= now) & (columns["finished_ns"] > now)
             assert present.sum() <= 5
 
-    def test_a_probe_takes_half_the_places(self) -> None:
-        places = sum(r.settings.max_num_seqs for r in self.CHANGED.simulated_replicas())
-        result = simulated(self.CHANGED, probe_of(self.CHANGED), seed=1)
-        arrived_ns = result.requests["arrived_ns"]
-        assert 2 * len(arrived_ns) == 2 * (arrived_ns == 0).sum() == places
-
     def test_slower_workers_have_a_smaller_capacity(self) -> None:
         whole = closed_loop_per_s(self.CHANGED, 200, 1)
-        half = closed_loop_per_s(self.CHANGED, 200, 1, {"r0": 2.0, "r1": 2.0})
+        half = closed_loop_per_s(self.CHANGED, 200, 1, {"r0": Speed([2.0]), "r1": Speed([2.0])})
         assert half == pytest.approx(whole / 2, rel=0.01)
+
+    def test_a_speed_lasts_two_seconds_and_the_last_one_goes_on(self) -> None:
+        requests = requests_at(self.CHANGED, 2.0, 20.0, seed=3)
+
+        def e2e_s(*factors: float) -> Any:
+            speeds = {name: Speed(factors) for name in ("r0", "r1")}
+            columns = simulated(self.CHANGED, requests, 3, speeds).requests
+            return (columns["finished_ns"] - columns["arrived_ns"]) / 1e9
+
+        arrived_s = np.array([request.view.arrived_s for request in requests])
+        early, changed = arrived_s < 3.0, e2e_s(1.0, 1.0, 2.0)
+        assert changed[early] == pytest.approx(e2e_s(1.0)[early])
+        assert changed[arrived_s > 4.0] == pytest.approx(e2e_s(2.0)[arrived_s > 4.0])
+
+    def test_a_longer_run_has_its_speeds_for_longer(self) -> None:
+        assert stretched({"r0": Speed([1.0, 2.0])}, 1.5) == {"r0": Speed([1.0, 1.0, 2.0])}
+
+    def test_decode_and_prefill_follow_the_machine_by_powers_of_their_own(self) -> None:
+        whole = closed_loop_per_s(self.CHANGED, 200, 1)
+        both = {name: Speed([4.0], 0.5, 0.5) for name in ("r0", "r1")}
+        assert closed_loop_per_s(self.CHANGED, 200, 1, both) == pytest.approx(whole / 2, rel=0.01)
+        times = self.CHANGED.simulated_replicas()[0].profile.step_time
+        slow = slowed(times, 2.0, 3.0)
+        assert slow.decode[0].base_s == 2 * times.decode[0].base_s
+        assert slow.prefill.per_token_s == 3 * times.prefill.per_token_s
 
 
 class TestPolicies:
@@ -317,7 +339,7 @@ class TestAgainstStubs:
         assert all(check["passed"] for check in counts)
 
     def test_the_other_worker_had_traffic_during_the_calibration(self, live: Any) -> None:
-        beside = live[0] / "out/profiles/tiny/r1.beside.jsonl"
+        beside = live[0] / "out/profiles/tiny/r1.beside.steps.jsonl"
         assert len(beside.read_text(encoding="utf-8").splitlines()) > 100
 
     def test_the_journals_replay(self, live: Any) -> None:
@@ -341,18 +363,28 @@ class TestAgainstStubs:
         errors = [one["loads"][0]["at_own_speed"]["e2e_s"] for one in (live[1], again)]
         assert errors[1] == pytest.approx(errors[0], abs=0.01)
 
-    def test_probes_do_not_make_up_for_a_profile_that_is_wrong(
+    def test_the_gauge_does_not_make_up_for_a_profile_that_is_wrong(
         self, live: Any, tmp_path: Path
     ) -> None:
         again = judged_with_slower_profile(live[0], tmp_path / "out", 1.5)
         before, after = (report["steps"][0] for report in (live[1], again))
-        assert after["as_probed"] == pytest.approx(before["as_probed"])
+        assert after["gauged_by_run"] == pytest.approx(before["gauged_by_run"])
         assert 1 + after["total"] == pytest.approx(1.5 * (1 + before["total"]))
 
-    def test_a_probe_goes_before_each_run_and_after_the_last(self, live: Any) -> None:
-        runs = Part(live[0] / "out/ranking").runs()
-        probed = [run.group == "probe" for run in runs if run.group != "warm-up"]
-        assert probed == [True, False] * 4 + [True]
+    def test_the_machine_is_gauged_beside_each_worker_in_every_run(self, live: Any) -> None:
+        assert all(one["gauge_error"] < 0.02 for one in live[1]["steps"])
+        assert all(factor != 1 for one in live[1]["steps"] for factor in one["gauged_by_run"])
+
+    def test_the_steps_of_the_calibration_say_how_slow_the_machine_was(self, live: Any) -> None:
+        profile = live[0] / "out/profiles/tiny"
+        rows = rows_of(profile / "sweep-2.steps.jsonl")
+        assert all(0.9 < row["slowdown"] < 1.1 for row in rows)
+
+    def test_the_calibration_finds_how_steps_follow_the_machine(self, live: Any) -> None:
+        summary = json.loads((live[0] / "out/profiles/tiny/summary.json").read_text())
+        response = summary["response"]
+        assert response["work_s"] == pytest.approx(0.002, rel=0.06)
+        assert (response["decode"], response["prefill"]) == pytest.approx((1.0, 1.0), abs=0.2)
 
     def test_policies_are_ranked(self, live: Any) -> None:
         rows = live[1]["rankings"]["short"]["rows"]
@@ -393,7 +425,7 @@ class TestAgainstStubs:
         report = json.loads((out / "report.json").read_text())
         assert report["missing"] == ["the end of ranking"]
         assert report["parity"]["policy_differences"] == []
-        assert report["rankings"]["short"]["repetitions"] == 2
+        assert report["rankings"]["short"]["repetitions"] == 1
 
     def test_another_workload_than_was_sent_is_an_error(self, live: Any, tmp_path: Path) -> None:
         workload = {**experiment()["workload"], "output_tokens": 7}

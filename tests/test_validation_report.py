@@ -85,7 +85,7 @@ def asked(factor: float, seed: int) -> Answers:
 
 
 def load_run(decode: float, load: float = 0.7) -> LoadRun:
-    return LoadRun(load, 4.0, (served(1.0), served(1.0)), served(decode), cpu=Cpu(0.01, 0.02))
+    return LoadRun(load, 4.0, (served(1.0), served(1.0)), (served(decode),), cpu=Cpu(0.01, 0.02))
 
 
 def step_times(decode: float, worker: str = "w1") -> StepTimes:
@@ -93,8 +93,17 @@ def step_times(decode: float, worker: str = "w1") -> StepTimes:
     prefill = rng.random(400) < 0.3
     measured_s = np.where(prefill, 0.2, 0.03) * rng.lognormal(0, 0.3, 400)
     predicted_s = measured_s * rng.normal(1, 0.03, 400) * np.where(prefill, 1.0, decode)
-    start_s, decodes = np.cumsum(measured_s), np.ones(400, dtype=np.int64)
-    return StepTimes(worker, start_s, decodes, measured_s, predicted_s, measured_s, prefill)
+    return StepTimes(
+        worker=worker,
+        start_s=np.cumsum(measured_s),
+        decodes=np.ones(400, dtype=np.int64),
+        measured_s=measured_s,
+        calibrated_s=predicted_s,
+        refitted_s=measured_s,
+        with_prefill=prefill,
+        slowdown=np.ones(400),
+        run=np.repeat([0, 1], 200),
+    )
 
 
 def report(decode: float = 1.0, **other: Any) -> Report:
@@ -105,7 +114,7 @@ def report(decode: float = 1.0, **other: Any) -> Report:
         "command": "viisim validate --live experiments/validation/two_workers.yaml",
         "setup": Setup("vLLM 0.1", "m", "two cores", (worker, replace(worker, id="w1"))),
         "calibration": (Stated("host overhead", 7.5, "ms"),),
-        "capacities": (Capacity("the cluster", "requests/s", (5.0, 5.2), 5.1),),
+        "capacities": (Capacity("the cluster", "requests/s", (5.0, 5.2), (5.1,)),),
         "loads": (compare(load_run(decode)),),
         "steps": (step_errors(step_times(decode)),),
         "rankings": {"chat": ranking()},

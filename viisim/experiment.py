@@ -115,18 +115,11 @@ def _fault_plan(experiment: Experiment, seed: int) -> FaultPlan | None:
     return FaultPlan(experiment.fault_schedule(seed), step_times)
 
 
-def replica_specs(
-    experiment: Experiment, slowdowns: Mapping[str, float] | None = None
-) -> list[ReplicaSpec]:
-    """The experiment's replicas, each on devices of its own. `slowdowns` says by id how many times
-    as long as usual a replica's steps take, of which no policy is told."""
+def replica_specs(experiment: Experiment) -> list[ReplicaSpec]:
+    """The experiment's replicas, each on devices of its own."""
     names = iter(simulated_devices(experiment))
     return [
-        _spec(
-            replica,
-            tuple(islice(names, replica.devices)),
-            (slowdowns or {}).get(replica.id, 1.0),
-        )
+        _spec(replica, tuple(islice(names, replica.devices)))
         for replica in experiment.simulated_replicas()
     ]
 
@@ -144,16 +137,14 @@ def simulated_devices(experiment: Experiment) -> dict[str, str]:
     return {f"gpu{number}": kind for number, kind in enumerate(kinds)}
 
 
-def _spec(
-    replica: SimulatedReplica, devices: tuple[str, ...], slowdown: float = 1.0
-) -> ReplicaSpec:
+def _spec(replica: SimulatedReplica, devices: tuple[str, ...]) -> ReplicaSpec:
     settings = replica.settings
     return ReplicaSpec(
         replica.id,
         replica.model,
         devices,
         settings.scheduler_settings(),
-        _step_time(replica, slowdown),
+        _step_time(replica),
         settings.coalesce,
         step_costs_of(replica.profile, settings.max_num_batched_tokens),
         api_server_of(replica.profile),

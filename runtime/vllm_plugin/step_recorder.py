@@ -13,6 +13,7 @@ import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from runtime.vllm_plugin.gauge import start_gauge
 from runtime.vllm_plugin.records import StepRecorder, open_records
 
 
@@ -36,6 +37,8 @@ class RecordingScheduler(Scheduler):  # type: ignore[misc]  # vllm is untyped fr
         index = getattr(vllm_config.parallel_config, "data_parallel_index", 0)
         file = open_records(index, vllm.__version__)
         self._recorder = None if file is None else StepRecorder(file)
+        if index == 0:
+            start_gauge()
         self._preempted = 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:

@@ -216,7 +216,10 @@ def _solve(design: Floats, cells: _Cells, sizes: NDArray[np.int64]) -> tuple[Flo
         stacked = np.vstack([design * robust[:, None], priors]) * scale
         target = np.append(cells.duration_s * robust, np.zeros(len(priors)))
         solution = lsq_linear(stacked, target, bounds=(0, np.inf)).x * scale
-        residual = (design @ solution - cells.duration_s) * weight
+        fitted_s = design @ solution
+        # Errors relative to what was measured would trust fast cells most, and fit too fast.
+        weight = 1.0 / (cells.sd * np.maximum(fitted_s, cells.duration_s / 2))
+        residual = (fitted_s - cells.duration_s) * weight
         robust = weight / (1 + (residual / 2) ** 2) ** 0.25
     inverse = np.linalg.pinv(stacked.T @ stacked, hermitian=True) * np.outer(scale, scale)
     return np.asarray(solution), np.asarray(inverse)
@@ -281,7 +284,8 @@ def _solve_prefill(
     columns = np.column_stack([steps.steps, steps.prefill_tokens, steps.prefill_pairs])
     decode = decode_s(fit, steps)
     base = np.where(steps.decodes > 0, trend(fit.sequences, fit.base_s, steps.decodes), 0.0)
-    # A step far shorter than its tokens take is a mistake; relative errors would trust it most.
+    # Errors are relative to what was fitted: relative to what was measured, they would trust fast
+    # steps most, and one far shorter than its tokens take is a mistake.
     usual_s = steps.prefill_tokens * np.median(steps.duration_s / steps.prefill_tokens)
     scale = weight / (_PREFILL_ERROR * np.maximum(steps.duration_s, usual_s / 2))
     relative, robust = np.ones(3), scale
@@ -292,7 +296,10 @@ def _solve_prefill(
         stacked = np.vstack([design * expected * robust[:, None], _prefill_priors(relative)])
         wanted = np.append(target * robust, [1 / _PRIOR_SD, 1 / _PRIOR_SD, 0.0])
         relative = lsq_linear(stacked, wanted, bounds=(0, np.inf)).x
-        errors = (design @ (relative * expected) - target) * scale
+        excess_s = design @ (relative * expected) - target
+        fitted_s = np.maximum(steps.duration_s + excess_s, usual_s / 2)
+        scale = weight / (_PREFILL_ERROR * fitted_s)
+        errors = excess_s * scale
         robust = scale / (1 + errors**2) ** 0.25
     cost = np.sum(_soft(errors) ** 2) + np.sum((stacked[-3:] @ relative - wanted[-3:]) ** 2)
     inverse = np.linalg.pinv(stacked.T @ stacked, hermitian=True)

@@ -52,6 +52,7 @@ class Live:
             "host_overhead": asdict(measured.overhead),
             "busy_delays": None if measured.busy is None else asdict(measured.busy),
             "noise_floor": dict(measured.noise_floor),
+            "response": None if measured.response is None else asdict(measured.response),
             "start_s": measured.start_s,
             "sweep_s": measured.sweep_s,
             "total_s": measured.total_s,

@@ -88,7 +88,7 @@ class Cpu:
 
 @dataclass(frozen=True, slots=True)
 class LoadRun:
-    """One list of requests, sent to the workers several times and simulated once."""
+    """One list of requests, sent to the workers several times and simulated as often."""
 
     load: float
     """Share of the measured capacity, as it was set."""
@@ -96,9 +96,10 @@ class LoadRun:
     """Requests a second."""
     measured: tuple[Answers, ...]
     """Repetitions."""
-    simulated: Answers
+    simulated: tuple[Answers, ...]
+    """Each repetition, with the machine as fast as it was then by its gauge."""
     as_calibrated: Answers | None = None
-    """Simulated without what the probes say of the workers' speed."""
+    """Simulated without what the gauge says of the machine's speed."""
     at_own_speed: tuple[Answers, ...] = ()
     """Simulated for each repetition with steps as long as they were, as `Accuracy` says."""
     cpu: Cpu | None = None
@@ -115,6 +116,7 @@ class Compared:
     statistic: str
     repetitions: tuple[float, ...]
     predicted: float
+    """Mean over the simulated repetitions."""
     error: float | None
     """Of the prediction against the mean of the repetitions; None relative to nothing."""
     noise: float | None
@@ -140,7 +142,7 @@ class Accuracy:
     repetitions: int
     rows: tuple[Compared, ...]
     as_calibrated: Mapping[str, float]
-    """Errors of the mean latencies, had the probes not told of the workers' speed."""
+    """Errors of the mean latencies, had the gauge not told of the machine's speed."""
     at_own_speed: Mapping[str, float]
     """Errors of the mean latencies that are left once each worker's steps take, in each
     repetition, as many times what its profile says as they all together took: with the machine's
@@ -167,10 +169,11 @@ class Accuracy:
 def compare(run: LoadRun) -> Accuracy:
     """Every metric and statistic that both sides have values of."""
     assert run.measured, "a load is measured at least once"
+    assert run.simulated, "and simulated"
     return Accuracy(
         load=run.load,
         rate_per_s=run.rate_per_s,
-        requests=len(run.simulated),
+        requests=len(run.simulated[0]),
         repetitions=len(run.measured),
         rows=tuple(_rows(run)),
         as_calibrated=dict(_mean_errors(run, [run.as_calibrated] if run.as_calibrated else [])),
@@ -183,13 +186,15 @@ def compare(run: LoadRun) -> Accuracy:
 def _rows(run: LoadRun) -> Iterator[Compared]:
     for metric in METRICS.values():
         for statistic in metric.statistics:
-            predicted = metric.value(run.simulated, statistic)
-            values = [metric.value(answers, statistic) for answers in run.measured]
-            known = tuple(value for value in values if value is not None)
-            if predicted is not None and len(known) == len(values):
-                error = metric.difference(predicted, float(np.mean(known)))
-                noise = _noise(metric, known)
-                yield Compared(metric.key, statistic, known, predicted, error, noise)
+            ours, theirs = (
+                [v for one in side if (v := metric.value(one, statistic)) is not None]
+                for side in (run.simulated, run.measured)
+            )
+            if (len(ours), len(theirs)) == (len(run.simulated), len(run.measured)):
+                predicted = float(np.mean(ours))
+                error = metric.difference(predicted, float(np.mean(theirs)))
+                noise = _noise(metric, theirs)
+                yield Compared(metric.key, statistic, tuple(theirs), predicted, error, noise)
 
 
 def _mean_errors(run: LoadRun, simulated: Sequence[Answers]) -> Iterator[tuple[str, float]]:
@@ -240,9 +245,10 @@ class Capacity:
     unit: str
     """Such as requests/s."""
     repetitions: tuple[float, ...]
-    predicted: float
+    predictions: tuple[float, ...]
+    """Each time, with the machine as fast as it was then by its gauge."""
     predicted_as_calibrated: float | None = None
-    """Without what the probes say of the workers' speed."""
+    """Without what the gauge says of the machine's speed."""
     predicted_at_own_speed: tuple[float, ...] = ()
     """Each time, with the workers' own speed, as `Accuracy.at_own_speed` says."""
 
@@ -252,13 +258,18 @@ class Capacity:
         return float(np.mean(self.repetitions))
 
     @property
+    def predicted(self) -> float:
+        """Mean over the simulated repetitions."""
+        return float(np.mean(self.predictions))
+
+    @property
     def error(self) -> float:
         """Of the prediction, relative."""
         return self.predicted / self.measured - 1
 
     @property
     def as_calibrated(self) -> float | None:
-        """The error without the probes; None where that is not known."""
+        """The error without the gauge; None where that is not known."""
         own = self.predicted_as_calibrated
         return own / self.measured - 1 if own is not None else None
 
@@ -270,5 +281,5 @@ class Capacity:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        names = ("measured", "error", "as_calibrated", "at_own_speed")
+        names = ("measured", "predicted", "error", "as_calibrated", "at_own_speed")
         return asdict(self) | {name: getattr(self, name) for name in names}

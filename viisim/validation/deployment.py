@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from viisim.calibration.fit import fit_steps
+from viisim.calibration.gauge import SPAN_S, Gauge, Response, read_gauge
 from viisim.calibration.measurements import StepLog
 from viisim.calibration.own_records import read_steps
 from viisim.calibration.validate import predicted_s
@@ -17,20 +20,15 @@ from viisim.errors import InputError
 from viisim.validation.answers import Answers, Floats, simulated_answers
 from viisim.validation.measured import (
     CAPACITY,
-    PROBE,
     WARM_UP,
     MeasuredRun,
     Part,
     Row,
     measured_answers,
-    rows_of,
 )
-from viisim.validation.predict import requests_at, simulated
+from viisim.validation.predict import Speed, Speeds, requests_at, simulated, stretched
 from viisim.validation.steps import StepTimes
 from viisim.workload.request import Request
-
-_CALIBRATED_ON = ("sweep-*.steps.jsonl", "traffic-*.steps.jsonl")
-"""Files of `calibrate --live` that the profile was fitted to."""
 
 _SAME_TIME_S = 1e-6
 
@@ -39,9 +37,10 @@ class Deployment:
     """Measured runs of one deployment, and the same ones simulated.
 
     How fast the workers are is known in three ways. *As calibrated*: their profiles say it. *As
-    probed*: how many times as long, beside their profile, a worker's steps took in the probes
-    between the runs as they had when it was calibrated; it is this that predictions are judged
-    with. *Their own speed*: what the steps of a run turned out to take, which is no prediction.
+    gauged*: how many times as long as during the calibration the machine took, by a small work of
+    its own beside the worker (`runtime.vllm_plugin.gauge`), every two seconds; it is this that
+    predictions are judged with. *Their own speed*: what the steps of a run turned out to take,
+    which is no prediction.
     """
 
     def __init__(
@@ -53,8 +52,6 @@ class Deployment:
         """Measuring ended before its last run did; what was measured until then is judged."""
         self.part = Part(folder)
         self.runs = self.part.runs()
-        self._own: dict[str, dict[str, float]] = {}
-        """By run, once it was asked for."""
 
     @cached_property
     def ids(self) -> list[str]:
@@ -74,7 +71,7 @@ class Deployment:
     @property
     def compared(self) -> list[MeasuredRun]:
         """The runs that are compared request by request."""
-        return [run for run in self.runs if run.group not in (WARM_UP, PROBE, CAPACITY)]
+        return [run for run in self.runs if run.group not in (WARM_UP, CAPACITY)]
 
     # ----------------------------------------------------------------------------------
     # Answers
@@ -86,10 +83,10 @@ class Deployment:
     def predicted(
         self,
         run: MeasuredRun,
-        slowdowns: Mapping[str, float],
+        speeds: Speeds,
         experiment: Experiment | None = None,
     ) -> Answers:
-        """The run simulated, at the speed of one of the three below; `experiment` if it is not the
+        """The run simulated, at one of the speeds below; `experiment` if it is not the
         deployment's own. Raises InputError where that has other requests than were sent."""
         experiment = experiment or self.experiment
         requests = requests_at(experiment, run.rate_per_s, run.run_s, run.seed)
@@ -100,58 +97,48 @@ class Deployment:
                 f"{experiment.name}; its workload was changed since: change it back, or measure "
                 "again"
             )
-        return simulated_answers(simulated(experiment, requests, run.seed, slowdowns))
+        return simulated_answers(simulated(experiment, requests, run.seed, speeds))
 
-    def predicted_at(
-        self, run: MeasuredRun, rate_per_s: float, slowdowns: Mapping[str, float]
-    ) -> Answers:
-        """The run's requests, closer together or further apart."""
-        run_s = run.run_s * run.rate_per_s / rate_per_s
-        requests = requests_at(self.experiment, rate_per_s, run_s, run.seed)
-        return simulated_answers(simulated(self.experiment, requests, run.seed, slowdowns))
+    def predicted_at(self, run: MeasuredRun, rate_per_s: float, speeds: Speeds) -> Answers:
+        """The run's requests, closer together or further apart, as are changes of the speed."""
+        longer = run.rate_per_s / rate_per_s
+        requests = requests_at(self.experiment, rate_per_s, longer * run.run_s, run.seed)
+        then = stretched(speeds, longer)
+        return simulated_answers(simulated(self.experiment, requests, run.seed, then))
 
     # ----------------------------------------------------------------------------------
-    # Speed: by replica, how many times as long as its profile says its steps take
+    # Speed
 
-    as_calibrated: Mapping[str, float] = {}
-
-    @cached_property
-    def as_probed(self) -> dict[str, float]:
-        """By all probes together; as calibrated where a deployment was not probed."""
-        return self._slowdowns(self.of(PROBE), self._when_calibrated)
-
-    @cached_property
-    def probes(self) -> dict[str, list[float]]:
-        """The same of each probe by itself."""
-        found: dict[str, list[float]] = {}
-        for run in self.of(PROBE):
-            for replica, slowdown in self._slowdowns([run], self._when_calibrated).items():
-                found.setdefault(replica, []).append(slowdown)
-        return found
-
-    def own(self, run: MeasuredRun) -> dict[str, float]:
-        """In this run."""
-        if run.name not in self._own:
-            self._own[run.name] = self._slowdowns([run], {})
-        return self._own[run.name]
-
-    def _slowdowns(
-        self, runs: Sequence[MeasuredRun], base: Mapping[str, float]
-    ) -> dict[str, float]:
+    def gauged(self, run: MeasuredRun) -> Speeds:
+        """As the machine was during the run; as calibrated where it was not gauged."""
+        middles_s = np.arange(run.begin_s + SPAN_S / 2, run.end_s, SPAN_S)
         return {
-            replica.id: _slowdown(log, replica) / base.get(replica.id, 1.0)
-            for replica, _, log in self._worked(runs)
+            replica_id: Speed(
+                (gauge.cost_s(middles_s) / response.work_s).tolist(),
+                response.decode,
+                response.prefill,
+            )
+            for replica_id, (gauge, response) in self._gauges.items()
+        }
+
+    def own(self, run: MeasuredRun) -> Speeds:
+        """What the workers' steps took in this run, all together."""
+        return {
+            replica.id: Speed([log.duration_s.sum() / predicted_s(log, replica.profile).sum()])
+            for replica, _, log in self._worked([run])
         }
 
     @cached_property
-    def _when_calibrated(self) -> dict[str, float]:
-        """A profile fits its own measurements: 1, but for what a fit leaves. One that was changed
-        since does not, and no probe is to make up for that."""
+    def _gauges(self) -> dict[str, tuple[Gauge, Response]]:
+        """Of the replicas that have one, and how these follow it, by their calibration."""
         found = {}
         for replica, entry in self.workers:
-            folder = Path(entry.profile_name).with_suffix("")
-            files = [file for pattern in _CALIBRATED_ON for file in sorted(folder.glob(pattern))]
-            found[replica.id] = _slowdown(_log([row for f in files for row in rows_of(f)]), replica)
+            gauge = read_gauge(self.part.gauge_file(replica.id))
+            summary = Path(entry.profile_name).with_suffix("") / "summary.json"
+            if gauge is not None and summary.exists():
+                response = json.loads(summary.read_text(encoding="utf-8"))["response"]
+                if response is not None:
+                    found[replica.id] = gauge, Response(**response)
         return found
 
     # ----------------------------------------------------------------------------------
@@ -159,23 +146,34 @@ class Deployment:
 
     def step_times(self) -> Iterator[StepTimes]:
         """What each worker computed in the runs that are compared, and what its profile says."""
-        for replica, start_s, log in self._worked(self.compared):
+        runs = self.compared
+        begins_s = [run.begin_s for run in runs]
+        for replica, start_s, log in self._worked(runs):
+            slowdown = self._slowdown(replica, start_s, log)
+            usual = log.divided(slowdown)
             yield StepTimes(
                 worker=f"{self.name} {replica.id}",
                 start_s=start_s,
                 decodes=log.decodes,
                 measured_s=log.duration_s,
                 calibrated_s=predicted_s(log, replica.profile),
-                refitted_s=fit_steps([log]).predict(log),
+                refitted_s=slowdown * fit_steps([usual]).predict(usual),
                 with_prefill=log.prefill_tokens > 0,
-                probes=tuple(self.probes.get(replica.id, ())),
-                as_probed=self.as_probed.get(replica.id, 1.0),
-                by_run=tuple(
-                    self.own(run)[replica.id]
-                    for run in self.compared
-                    if replica.id in self.own(run)
-                ),
+                slowdown=slowdown,
+                run=np.searchsorted(begins_s, start_s, side="right") - 1,
             )
+
+    def _slowdown(self, replica: SimulatedReplica, start_s: Floats, log: StepLog) -> Floats:
+        """By the gauge, at each step."""
+        if replica.id not in self._gauges:
+            return np.ones(len(log))
+        gauge, response = self._gauges[replica.id]
+        nothing = np.zeros(len(log), dtype=np.int64)
+        decodes = replace(log, prefill_tokens=nothing, prefill_pairs=nothing)
+        whole_s = predicted_s(log, replica.profile)
+        decode_s = np.where(log.decodes > 0, predicted_s(decodes, replica.profile), 0.0)
+        cost_s = gauge.cost_s(start_s + log.duration_s / 2)
+        return response.slowdown(cost_s, decode_s, whole_s - decode_s)
 
     def _worked(
         self, runs: Sequence[MeasuredRun]
@@ -194,10 +192,6 @@ def _is(request: Request, sent: Row | None) -> bool:
         return False
     lengths = request.view.prompt_tokens, request.output_tokens
     return bool(sent["error"]) or (sent["prompt_tokens"], sent["output_tokens"]) == lengths
-
-
-def _slowdown(log: StepLog, replica: SimulatedReplica) -> float:
-    return float(log.duration_s.sum() / predicted_s(log, replica.profile).sum())
 
 
 def _log(rows: Sequence[Row]) -> StepLog:

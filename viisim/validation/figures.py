@@ -65,7 +65,7 @@ def _figures(
     steps: Sequence[StepTimes],
 ) -> Iterator[tuple[str, Figure, str]]:
     if runs:
-        caption = "Distributions of latency: each repetition measured, and the one predicted."
+        caption = "Distributions of latency: each repetition, measured and predicted."
         yield "latency_cdfs", latency_cdfs(name, runs), caption
     if accuracies:
         caption = "Latency against load. Bars span the least and the most of the repetitions."
@@ -102,7 +102,8 @@ def latency_cdfs(name: str, runs: Sequence[LoadRun]) -> Figure:
 def _draw_cdfs(axes: Axes, metric: str, run: LoadRun) -> None:
     for answers in run.measured:
         _draw_cdf(axes, metric, answers, GREY, 0.8, "measured, a repetition")
-    _draw_cdf(axes, metric, run.simulated, BLUE, 1.8, "predicted")
+    for answers in run.simulated:
+        _draw_cdf(axes, metric, answers, BLUE, 1.2, "predicted, a repetition")
     axes.set_xscale("log")
     _plain_numbers(axes)
     axes.set_ylim(0, 1.01)

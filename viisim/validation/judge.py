@@ -40,7 +40,12 @@ from viisim.validation.figures import draw
 from viisim.validation.limits import FULL, QUICK
 from viisim.validation.measured import CAPACITY, MeasuredRun, work_columns
 from viisim.validation.parity import parity_of
-from viisim.validation.predict import closed_loop_per_s, with_policy, with_workload
+from viisim.validation.predict import (
+    AS_CALIBRATED,
+    closed_loop_per_s,
+    with_policy,
+    with_workload,
+)
 from viisim.validation.ranking import Ranking, rank
 from viisim.validation.report import Report, Setup, Stated, Worker
 from viisim.validation.steps import shared_drift, step_errors
@@ -140,8 +145,8 @@ def _capacity(deployment: Deployment) -> Capacity:
         of="two workers" if len(deployment.ids) == 2 else "all workers",
         unit="requests/s",
         repetitions=tuple(work_rate_per_s(work_columns(each), CAPACITY) for each in rows),
-        predicted=predicted(deployment.as_probed),
-        predicted_as_calibrated=predicted(deployment.as_calibrated),
+        predictions=tuple(predicted(deployment.gauged(run)) for run in runs),
+        predicted_as_calibrated=predicted(AS_CALIBRATED),
         predicted_at_own_speed=tuple(predicted(deployment.own(run)) for run in runs),
     )
 
@@ -151,20 +156,22 @@ def _load_run(
 ) -> LoadRun:
     """The repetitions of one load."""
     first = runs[0]
+    gauged = [deployment.gauged(run) for run in runs]
     capacity_per_s = first.rate_per_s / load  # as it was when the rates were chosen
     answers = tuple(deployment.measured(run) for run in runs)
 
     def mean_e2e_s(at: float) -> float:
-        answers = deployment.predicted_at(first, at * capacity_per_s, deployment.as_probed)
-        return float(answers.latencies("e2e_s").mean())
+        rate_per_s = at * capacity_per_s
+        each = [deployment.predicted_at(first, rate_per_s, speed) for speed in gauged]
+        return float(np.mean(np.concatenate([one.latencies("e2e_s") for one in each])))
 
     found = float(np.mean(np.concatenate([one.latencies("e2e_s") for one in answers])))
     return LoadRun(
         load=load,
         rate_per_s=first.rate_per_s,
         measured=answers,
-        simulated=deployment.predicted(first, deployment.as_probed),
-        as_calibrated=deployment.predicted(first, deployment.as_calibrated),
+        simulated=tuple(deployment.predicted(first, speed) for speed in gauged),
+        as_calibrated=deployment.predicted(first, AS_CALIBRATED),
         at_own_speed=tuple(deployment.predicted(run, deployment.own(run)) for run in runs),
         cpu=_cpu(runs, cores),
         equal_load=load_at_equal_e2e(found, mean_e2e_s, load) if load > FULL.low_load else None,
@@ -212,8 +219,8 @@ def _ranking(
         label, kept = label_of(policy), its_runs[:whole]
         real[label] = [deployment.measured(run) for run in kept]
         for found, speed in (
-            (predicted, lambda _: deployment.as_probed),
-            (as_calibrated, lambda _: deployment.as_calibrated),
+            (predicted, deployment.gauged),
+            (as_calibrated, lambda _: AS_CALIBRATED),
             (at_own_speed, deployment.own),
         ):
             found[label] = [deployment.predicted(run, speed(run), under) for run in kept]
@@ -261,6 +268,10 @@ def _calibration(measured: Measurements) -> Iterator[Stated]:
             yield Stated(f"{label}: {what}", 100 * share, "%")
         delay_s = summary["host_overhead"]["p50_s"]
         yield Stated(f"{label}: way to an idle engine and back, median", 1e3 * delay_s, "ms")
+        if (response := summary["response"]) is not None:
+            for what in ("decode", "prefill"):
+                power = f"{label}: power of the machine's slowness by which {what} is slow"
+                yield Stated(power, response[what], "")
         if (busy := summary["busy_delays"]) is not None:
             yield Stated(f"{label}: way to a busy engine", 1e3 * busy["request_s"], "ms")
             yield Stated(f"{label}: way back from it", 1e3 * busy["answer_s"], "ms")

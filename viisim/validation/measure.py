@@ -1,9 +1,4 @@
-"""Which runs a validation measures, one after the other, on deployments of real workers.
-
-Before each run, and after the last, goes a probe: a few seconds of work, always the same, whose
-steps show how fast the workers are by then. A machine that was fast while it was calibrated may be
-slow an hour later, and what is to be judged is the simulator.
-"""
+"""Which runs a validation measures, one after the other, on deployments of real workers."""
 
 from __future__ import annotations
 
@@ -19,7 +14,6 @@ from viisim.config import Experiment, load_experiment
 from viisim.validation.config import AccuracyConfig, RankingConfig
 from viisim.validation.measured import (
     CAPACITY,
-    PROBE,
     WARM_UP,
     MeasuredRun,
     Part,
@@ -29,7 +23,6 @@ from viisim.validation.measured import (
 from viisim.validation.predict import (
     capacity_under_backlog_per_s,
     closed_loop,
-    probe_of,
     requests_at,
     users_of,
     with_policy,
@@ -66,7 +59,6 @@ async def measure_accuracy(
             ]
             say(f"repetition {repetition + 1} of {config.repetitions}")
             await workers.measure_all([(run, experiment) for run in runs])
-        await workers.probe()
 
 
 async def _capacity_per_s(config: AccuracyConfig, workers: _Workers, repetition: int) -> float:
@@ -104,7 +96,6 @@ async def measure_ranking(
         workers = _Workers(served, part, experiment, say)
         await workers.warm_up()
         await workers.measure_all([(run, own) for _, run, own in runs])
-        await workers.probe()
 
 
 class _Workers:
@@ -112,7 +103,6 @@ class _Workers:
 
     def __init__(self, served: Served, part: Part, experiment: Experiment, say: Say) -> None:
         self._served = served
-        self._probes = 0
         self.part = part
         self.experiment = experiment
         self.say = say
@@ -127,16 +117,8 @@ class _Workers:
             requests = closed_loop(self.experiment, users, users, run.seed)
             await measure_run(self._served, self.part, run, requests)
 
-    async def probe(self) -> None:
-        """See how fast the workers are."""
-        name, policy = f"{PROBE}.{self._probes}", self.experiment.policy.spec
-        run = PlannedRun(name, PROBE, policy, 0, 0.0, 0.0)
-        await measure_run(self._served, self.part, run, probe_of(self.experiment))
-        self._probes += 1
-
     async def measure(self, planned: PlannedRun, requests: Sequence[Request]) -> MeasuredRun:
-        """A probe, and the run."""
-        await self.probe()
+        """Send the requests, and wait for all answers."""
         return await measure_run(self._served, self.part, planned, requests)
 
     async def measure_all(self, runs: Sequence[tuple[PlannedRun, Experiment]]) -> None:

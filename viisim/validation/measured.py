@@ -6,6 +6,7 @@ accuracy/, ranking/              a deployment each:
     runs.jsonl                   its runs, a line each
     NAME.requests.jsonl          what the client saw in a run, a line a request
     steps/REPLICA.steps.jsonl    what each worker's engine computed, a line a step
+    steps/REPLICA.gauge.jsonl    how fast the machine was meanwhile, where its CPU computed
     journal/                     what the scheduler was told and decided
     deploy.log, state/           what the deployment and its workers said
 """
@@ -26,7 +27,7 @@ from viisim.validation.answers import Answers, between_tokens_s
 
 Row: TypeAlias = dict[str, Any]
 
-WARM_UP, PROBE, CAPACITY = "warm-up", "probe", "capacity"
+WARM_UP, CAPACITY = "warm-up", "capacity"
 """Groups of a part's runs beside those that are compared."""
 
 
@@ -70,6 +71,10 @@ class Part:
     def steps_file(self, replica_id: str) -> Path:
         """A worker's step records."""
         return self.folder / "steps" / f"{replica_id}.steps.jsonl"
+
+    def gauge_file(self, replica_id: str) -> Path:
+        """How fast the machine was beside the worker."""
+        return self.folder / "steps" / f"{replica_id}.gauge.jsonl"
 
     def requests_file(self, name: str) -> Path:
         """What the client saw in a run."""

@@ -20,7 +20,7 @@ from viisim.validation.ranking import (
     Ranking,
     Verdict,
 )
-from viisim.validation.steps import BESIDE, StepErrors
+from viisim.validation.steps import BESIDE
 
 if TYPE_CHECKING:
     from viisim.validation.parity import Parity
@@ -68,8 +68,8 @@ _HOW_TO_READ = """\
   for as long as the run lasts: latency is reported and not judged.
 - Below the capacity throughput follows the arrivals, and an error of it says little; above, it is
   what the workers can do.
-- A simulation takes its steps' times from the profile and the probes. The policies in it plan with
-  the profile alone, as those that were deployed did.
+- A simulation takes its steps' times from the profile and the machine's gauge. The policies in it
+  plan with the profile alone, as those that were deployed did.
 - Steps scatter, on some machines more than on others. A profile of the same form, fitted to the
   very steps that are judged and scaled as is best for them, still has the error that stands beside
   the profile's own. A correlation between workers near 1 says that much of what is left is how fast
@@ -169,9 +169,12 @@ def _what_ran(report: Report) -> Iterator[str]:
 
 _SPEED = """\
 A machine is faster in some minutes than in others. Errors here and above are with the workers'
-speed *as probed*: a few seconds of work, always the same, before each run and after the last, tell
-how many times as long steps take as they did when the workers were calibrated; one number a worker
-for all runs ("Step times" has them). What else could have been assumed:
+speed *as gauged*: beside each worker on the CPU, and on its cores, a small work that is always the
+same and has nothing to do with the worker is timed ten times a second, during the calibration and
+in all runs. Where it takes g times as long as in the mean of the calibration, in means over two
+seconds, decode and prefill are predicted to take so many times as long as the profile says: powers
+of g, which the calibration found ("Step times" has what comes of it by run). What else could have
+been assumed:
 
 - *as calibrated*: the profiles alone, as if every hour were like that of the calibration.
 - *their own speed*: in each run, steps take as many times what the profile says as they all
@@ -328,8 +331,9 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
                 f"{one.refitted_mape:.1%}",
                 f"{one.total:+.1%}",
                 f"{one.total_as_calibrated:+.1%}",
-                _probed(one),
-                f"{min(one.by_run):.2f} to {max(one.by_run):.2f}" if one.by_run else "–",
+                _range(one.gauged_by_run),
+                _range(one.by_run),
+                _size(one.gauge_error),
             ]
             for one in report.steps
         ]
@@ -340,8 +344,9 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
             "of a fit to these very steps",
             "all steps",
             "as calibrated",
-            "probed: times as long",
-            "in the runs, by run",
+            "gauged, by run: times as long",
+            "measured, by run",
+            "between the two",
         ]
         yield table(headings, rows)
     if any(one.beside for one in report.steps):
@@ -358,10 +363,8 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
         )
 
 
-def _probed(errors: StepErrors) -> str:
-    if errors.as_probed_error is None:
-        return "–"
-    return f"{errors.as_probed:.3f} ± {errors.as_probed_error:.3f} ({len(errors.probes)} probes)"
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 def _parity(parity: Parity | None) -> Iterator[str]:

@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from math import ceil
+from typing import TypeAlias
 
+from viisim.calibration.gauge import SPAN_S
 from viisim.capacity import backlogged, offered_per_s, work_rate_per_s
-from viisim.config import Experiment, PolicyConfig, WorkloadConfig, scaled
+from viisim.config import (
+    Experiment,
+    PolicyConfig,
+    SimulatedReplica,
+    WorkloadConfig,
+    scaled,
+)
+from viisim.engine.step_time import StepTime as EngineStepTime
 from viisim.errors import InputError
 from viisim.experiment import replica_specs
+from viisim.fault_player import FaultPlan
+from viisim.faults import Fault
+from viisim.profile import StepTime
 from viisim.records import SeedResult
 from viisim.simulation import Simulation
-from viisim.workload.config import SyntheticWorkload
+from viisim.step_costs import step_time_of
 from viisim.workload.request import Request
 
 _USERS_PER_PLACE = 2
 """Of the closed loop that finds the capacity: as many wait as are served."""
-_PROBE = SyntheticWorkload.model_validate(
-    {
-        "kind": "synthetic",
-        "rate_per_s": 1.0,
-        "requests": 10_000,
-        "prompt_tokens": {0: 16, 100: 160},
-        "output_tokens": 32,
-    }
-)
-"""Short, so that it costs seconds, and of several lengths, as batches have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of a replica during a run; no policy is told of it."""
+
+    machine: Sequence[float]
+    """How many times as long as usual the machine takes, in each span (`SPAN_S` each, from the
+    beginning of the run; the last goes on)."""
+    decode: float = 1.0
+    prefill: float = 1.0
+    """The powers of that by which decode and prefill take longer, as of `Response`."""
+
+
+Speeds: TypeAlias = Mapping[str, Speed]
+"""By replica; one that is not named is as calibrated."""
+
+AS_CALIBRATED: Speeds = {}
 
 
 def simulated(
     experiment: Experiment,
     requests: Iterable[Request],
     seed: int,
-    slowdowns: Mapping[str, float] | None = None,
+    speeds: Speeds = AS_CALIBRATED,
 ) -> SeedResult:
-    """These requests in the experiment's cluster, under its policy; `slowdowns` as for
-    `replica_specs`."""
+    """These requests in the experiment's cluster, under its policy."""
     cluster = experiment.cluster
+    step_times = {
+        replica.id: partial(_step_time, replica, speeds[replica.id])
+        for replica in experiment.simulated_replicas()
+        if replica.id in speeds
+    }
     return Simulation(
-        replica_specs(experiment, slowdowns),
+        replica_specs(experiment),
         experiment.policy.make(),
         requests,
         seed=seed,
@@ -48,7 +73,57 @@ def simulated(
         scrape_delay_s=cluster.scrape_delay_s,
         limits=experiment.limits.limits(),
         predictor=experiment.make_predictor(seed),
+        faults=FaultPlan(_changes_of(speeds), step_times),
     ).run()
+
+
+def _step_time(replica: SimulatedReplica, speed: Speed, machine: float) -> EngineStepTime:
+    """While the machine takes so many times as long."""
+    slow = slowed(replica.profile.step_time, machine**speed.decode, machine**speed.prefill)
+    profile = replica.profile.model_copy(update={"step_time": slow})
+    return step_time_of(profile, replica.settings.max_num_seqs, replica.slowdown)
+
+
+def slowed(times: StepTime, decode: float, prefill: float) -> StepTime:
+    """A profile's step times, those of decode and prefill so many times as long."""
+    points = [
+        point.model_copy(
+            update={
+                "base_s": decode * point.base_s,
+                "per_context_token_s": decode * point.per_context_token_s,
+            }
+        )
+        for point in times.decode
+    ]
+    terms = {name: prefill * value for name, value in times.prefill.model_dump().items()}
+    return times.model_copy(
+        update={
+            "decode": tuple(points),
+            "prefill": times.prefill.model_copy(update=terms),
+            "host_overhead_s": decode * times.host_overhead_s,
+        }
+    )
+
+
+def _changes_of(speeds: Speeds) -> Iterator[Fault]:
+    """Each lasts until the next."""
+    for span in range(max((len(speed.machine) for speed in speeds.values()), default=0)):
+        for replica_id, speed in speeds.items():
+            if span < len(speed.machine):
+                yield Fault(span * SPAN_S, "slow", replica_id, factor=speed.machine[span])
+
+
+def stretched(speeds: Speeds, factor: float) -> Speeds:
+    """As they are for a run whose requests arrive over a time so many times as long."""
+    return {
+        replica_id: replace(
+            speed,
+            machine=[
+                speed.machine[int(k / factor)] for k in range(ceil(len(speed.machine) * factor))
+            ],
+        )
+        for replica_id, speed in speeds.items()
+    }
 
 
 def with_workload(experiment: Experiment, workload: WorkloadConfig) -> Experiment:
@@ -100,12 +175,11 @@ def closed_loop_per_s(
     experiment: Experiment,
     requests: int,
     seed: int,
-    slowdowns: Mapping[str, float] | None = None,
+    speeds: Speeds = AS_CALIBRATED,
 ) -> float:
-    """Requests a second that the simulated cluster answers to the closed loop; `slowdowns` as for
-    `replica_specs`."""
+    """Requests a second that the simulated cluster answers to the closed loop."""
     loop = closed_loop(experiment, users_of(experiment), requests, seed)
-    result = simulated(experiment, loop, seed, slowdowns)
+    result = simulated(experiment, loop, seed, speeds)
     return work_rate_per_s(result.requests, experiment.name)
 
 
@@ -113,13 +187,6 @@ def users_of(experiment: Experiment) -> int:
     """Of the closed loop that finds the capacity: twice as many as the engines have places."""
     places = sum(replica.settings.max_num_seqs for replica in experiment.simulated_replicas())
     return _USERS_PER_PLACE * places
-
-
-def probe_of(experiment: Experiment) -> list[Request]:
-    """A few seconds of work, always the same: half of the engines' places are taken. How long
-    its steps take tells how fast the workers are just then."""
-    users = users_of(experiment) // (2 * _USERS_PER_PLACE)
-    return closed_loop(with_workload(experiment, _PROBE), users, users, seed=0)
 
 
 def closed_loop(experiment: Experiment, users: int, requests: int, seed: int) -> list[Request]:

@@ -43,7 +43,7 @@ class Ranked:
     """Of the simulated figure, relative to the measured one."""
     as_calibrated: float | None
     at_own_speed: float | None
-    """The same without what the probes say, and with the workers' own speed in each run, as of
+    """The same without what the gauge says, and with the workers' own speed in each run, as of
     `Accuracy`."""
     failed: int
     """Requests that the real workers left without a whole answer."""

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from viisim.statistics import estimate
 from viisim.validation.answers import Floats
 
 _SPAN_S = 10.0
@@ -39,19 +38,19 @@ class StepTimes:
     calibrated_s: Floats
     """What the profile says."""
     refitted_s: Floats
-    """What a profile of the same form says that is fitted to these very steps."""
+    """What a profile of the same form says that is fitted to these very steps, at the same speed
+    of the machine."""
     with_prefill: NDArray[np.bool_]
-    probes: tuple[float, ...] = ()
-    """The slowdown in each probe between the runs."""
-    as_probed: float = 1.0
-    """In all probes together: what predictions are made with."""
-    by_run: tuple[float, ...] = ()
-    """What it turned out to be in each run."""
+    slowdown: Floats
+    """How many times as long as usual the machine took at each step, by its gauge: what
+    predictions are made with."""
+    run: NDArray[np.int64]
+    """Steps of one run have the same number."""
 
     @property
     def predicted_s(self) -> Floats:
-        """With the speed of the probes."""
-        return self.as_probed * self.calibrated_s
+        """With the speed that the gauge says."""
+        return self.slowdown * self.calibrated_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +67,31 @@ class StepErrors:
     total: float
     """Relative error of the sum of all, signed."""
     total_as_calibrated: float
-    """The same of the profile alone, without the probes."""
-    probes: tuple[float, ...] = ()
-    as_probed: float = 1.0
-    by_run: tuple[float, ...] = ()
-    """These three as those of `StepTimes`."""
+    """The same of the profile alone, without the gauge."""
+    gauged_by_run: tuple[float, ...]
+    """The slowdown in each run, as the gauge has it..."""
+    by_run: tuple[float, ...]
+    """...and what it turned out to be."""
     beside: Mapping[str, float] = field(default_factory=dict)
     """The slowdown by what other workers do meanwhile, as `slowdowns_beside` says."""
 
     @property
-    def as_probed_error(self) -> float | None:
-        """Half the 95% interval of `as_probed`, as far as probes tell; None for fewer than two."""
-        return estimate(self.probes)["half_width"]
+    def gauge_error(self) -> float:
+        """Mean size of the relative error of a run's slowdown by the gauge."""
+        return float(np.abs(np.divide(self.gauged_by_run, self.by_run) - 1).mean())
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return asdict(self) | {"gauge_error": self.gauge_error}
 
 
 def step_errors(times: StepTimes, others: Sequence[StepTimes] = ()) -> StepErrors:
     """Of at least one step; `others` are workers of the same machine."""
+    _, run = np.unique(times.run, return_inverse=True)
+    calibrated_s, predicted_s, measured_s = (
+        np.bincount(run, each_s)
+        for each_s in (times.calibrated_s, times.predicted_s, times.measured_s)
+    )
     return StepErrors(
         worker=times.worker,
         steps=times.measured_s.size,
@@ -95,9 +99,8 @@ def step_errors(times: StepTimes, others: Sequence[StepTimes] = ()) -> StepError
         refitted_mape=_least_mape(times.refitted_s / times.measured_s),
         total=_total_error(times.predicted_s, times.measured_s),
         total_as_calibrated=_total_error(times.calibrated_s, times.measured_s),
-        probes=times.probes,
-        as_probed=times.as_probed,
-        by_run=times.by_run,
+        gauged_by_run=tuple((predicted_s / calibrated_s).tolist()),
+        by_run=tuple((measured_s / calibrated_s).tolist()),
         beside=slowdowns_beside(times, others),
     )
 

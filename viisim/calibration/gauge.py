@@ -1,0 +1,145 @@
+"""How fast a machine was while its workers were measured, as `runtime.vllm_plugin.gauge` saw it,
+and what that does to their steps.
+
+A machine that is slow does not slow all work down alike: what waits for memory suffers less than
+what computes. So decode and prefill each take some power of what the gauge's work takes, and which
+one, the steps of a calibration show.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from viisim.calibration.fit import decode_s, fit_steps
+from viisim.calibration.measurements import Floats, StepLog
+from viisim.errors import InputError
+
+SPAN_S = 2.0
+"""Twenty ticks of the gauge, whose mean says how fast the machine is."""
+
+
+class Gauge:
+    """What a small work, always the same, took of the CPU at some moments."""
+
+    def __init__(self, at_s: ArrayLike, cpu_s: ArrayLike) -> None:
+        """At least one tick, in order of time; `at_s` on the machine's monotonic clock."""
+        self._at_s = np.asarray(at_s, dtype=np.float64)
+        self._sums_s = np.concatenate([[0.0], np.cumsum(cpu_s)])
+
+    def cost_s(self, at_s: ArrayLike) -> Floats:
+        """The work's mean CPU time in the span around each of these moments; where it holds no
+        tick, that of the last one before, or of the first of all."""
+        middle_s = np.asarray(at_s, dtype=np.float64)
+        first = np.searchsorted(self._at_s, middle_s - SPAN_S / 2)
+        end = np.searchsorted(self._at_s, middle_s + SPAN_S / 2)
+        nothing = first == end
+        first = np.where(nothing, np.maximum(first - 1, 0), first)
+        end = np.where(nothing, first + 1, end)
+        mean_s: Floats = (self._sums_s[end] - self._sums_s[first]) / (end - first)
+        return mean_s
+
+    def mean_s(self, begin_s: float, end_s: float) -> float:
+        """The mean from one moment to another."""
+        middles_s = np.arange(begin_s + SPAN_S / 2, max(end_s, begin_s + SPAN_S), SPAN_S)
+        return float(self.cost_s(middles_s).mean())
+
+
+def read_gauge(file: Path) -> Gauge | None:
+    """The ticks in the file; None where there are none. Raises InputError for another file."""
+    try:
+        ticks = list(_ticks(file.read_text(encoding="utf-8")))
+        return Gauge([t["at_s"] for t in ticks], [t["cpu_s"] for t in ticks]) if ticks else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file}: is not what the gauge of a machine wrote ({error}); measure again"
+        ) from None
+
+
+def _ticks(text: str) -> Iterator[dict[str, Any]]:
+    """All whole lines: one that is being written has no end yet."""
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+# --------------------------------------------------------------------------------------
+# What it does to steps
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """How the steps of a kind of worker follow the machine."""
+
+    work_s: float
+    """What the gauge's work took in the mean while the worker was calibrated."""
+    decode: float = 1.0
+    prefill: float = 1.0
+    """Where that work takes g times as long, these take g to this power times as long."""
+
+    def slowdown(self, cost_s: Floats, decode_s: Floats, prefill_s: Floats) -> Floats:
+        """How many times as long as usual each step takes where the work takes `cost_s`, given
+        what its decode and its prefill usually take."""
+        machine = cost_s / self.work_s
+        slow_s = machine**self.decode * decode_s + machine**self.prefill * prefill_s
+        return slow_s / (decode_s + prefill_s)
+
+
+_ROUNDS = 2
+"""A fit knows the steps once it knows the response, and the other way round; it settles at once."""
+_RESPONSE_SPAN_S = 10.0
+_FEWEST_STEPS = 5
+"""In a span, or its mean says little."""
+_SCATTER, _PRIOR_SD = 0.03, 0.5
+"""Of a span's mean, relative; and of a power around 1, which is believed on a machine that hardly
+changes its speed."""
+
+
+def fit_response(
+    log: StepLog, start_s: Floats, gauge: Gauge, work_s: float
+) -> tuple[Response, Floats]:
+    """The response of steps that began then, and how many times as long as usual each takes by it.
+    Usually the gauge's work takes `work_s`."""
+    cost_s = gauge.cost_s(start_s + log.duration_s / 2)
+    machine, prefills = cost_s / work_s, log.prefill_tokens > 0
+    response, slowdown = Response(work_s), machine
+    for _ in range(_ROUNDS):
+        fit = fit_steps([log.divided(slowdown)])
+        usual_decode_s = decode_s(fit, log)
+        usual_prefill_s = fit.predict(log) - usual_decode_s
+        decode = _power(start_s, log.duration_s, usual_decode_s, machine, ~prefills)
+        left_s = log.duration_s - machine**decode * usual_decode_s
+        prefill = _power(start_s, left_s, usual_prefill_s, machine, prefills)
+        response = Response(work_s, decode, prefill)
+        slowdown = response.slowdown(cost_s, usual_decode_s, usual_prefill_s)
+    return response, slowdown
+
+
+def _power(
+    start_s: Floats, measured_s: Floats, usual_s: Floats, machine: Floats, some: NDArray[np.bool_]
+) -> float:
+    """By which these steps follow the machine: the slope of their slowdown over its, in logarithms
+    of sums over spans."""
+    _, span = np.unique(start_s[some] // _RESPONSE_SPAN_S, return_inverse=True)
+    if not span.size:
+        return 1.0
+    enough = np.bincount(span) >= _FEWEST_STEPS
+    sum_s, usual_sum_s, machine_sum_s = (
+        np.bincount(span, each[some])[enough] for each in (measured_s, usual_s, usual_s * machine)
+    )
+    known = (sum_s > 0) & (usual_sum_s > 0)
+    if not known.any():
+        return 1.0
+    own = np.log(sum_s[known] / usual_sum_s[known])
+    its = np.log(machine_sum_s[known] / usual_sum_s[known])
+    own, its = own - own.mean(), its - its.mean()
+    prior = (_SCATTER / _PRIOR_SD) ** 2
+    return float((own @ its + prior) / (its @ its + prior))
