@@ -163,7 +163,7 @@ def _what_ran(report: Report) -> Iterator[str]:
         yield "Calibration found:"
         yield table(
             ["figure", "value"],
-            [[one.what, f"{number(one.value)} {one.unit}"] for one in report.calibration],
+            [[one.what, f"{number(one.value)} {one.unit}".strip()] for one in report.calibration],
         )
 
 
