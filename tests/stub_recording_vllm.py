@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from aiohttp import web
 
@@ -27,6 +27,11 @@ REQUEST_S, ANSWER_S = 3e-3, 5e-3
 def word(name: str) -> str:
     """What follows a flag."""
     return sys.argv[sys.argv.index(name) + 1]
+
+
+def lines_to(variable: str) -> TextIO:
+    """The file that the environment names, open as long as the server runs."""
+    return open(os.environ[variable], "a", buffering=1)
 
 
 def slowdown() -> float:
@@ -54,9 +59,8 @@ class Engine:
         self.arrived = asyncio.Event()
         self.budget = int(word("--max-num-batched-tokens"))
         self.most = int(word("--max-num-seqs"))
-        # Open as long as the server runs.
-        self.records = open(os.environ["VIISIM_STEP_RECORDS"], "a", buffering=1)  # noqa: SIM115
-        self.gauge = open(os.environ["VIISIM_MACHINE_GAUGE"], "a", buffering=1)  # noqa: SIM115
+        self.records = lines_to("VIISIM_STEP_RECORDS")
+        self.gauge = lines_to("VIISIM_MACHINE_GAUGE")
 
     async def run(self) -> None:
         """Until cancelled."""

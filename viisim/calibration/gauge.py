@@ -129,8 +129,6 @@ def _power(
     """By which these steps follow the machine: the slope of their slowdown over its, in logarithms
     of sums over spans."""
     _, span = np.unique(start_s[some] // _RESPONSE_SPAN_S, return_inverse=True)
-    if not span.size:
-        return 1.0
     enough = np.bincount(span) >= _FEWEST_STEPS
     sum_s, usual_sum_s, machine_sum_s = (
         np.bincount(span, each[some])[enough] for each in (measured_s, usual_s, usual_s * machine)

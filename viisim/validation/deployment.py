@@ -149,31 +149,33 @@ class Deployment:
         runs = self.compared
         begins_s = [run.begin_s for run in runs]
         for replica, start_s, log in self._worked(runs):
-            slowdown = self._slowdown(replica, start_s, log)
+            calibrated_s = predicted_s(log, replica.profile)
+            slowdown = self._slowdown(replica, start_s, log, calibrated_s)
             usual = log.divided(slowdown)
             yield StepTimes(
                 worker=f"{self.name} {replica.id}",
                 start_s=start_s,
                 decodes=log.decodes,
                 measured_s=log.duration_s,
-                calibrated_s=predicted_s(log, replica.profile),
+                calibrated_s=calibrated_s,
                 refitted_s=slowdown * fit_steps([usual]).predict(usual),
                 with_prefill=log.prefill_tokens > 0,
                 slowdown=slowdown,
                 run=np.searchsorted(begins_s, start_s, side="right") - 1,
             )
 
-    def _slowdown(self, replica: SimulatedReplica, start_s: Floats, log: StepLog) -> Floats:
+    def _slowdown(
+        self, replica: SimulatedReplica, start_s: Floats, log: StepLog, calibrated_s: Floats
+    ) -> Floats:
         """By the gauge, at each step."""
         if replica.id not in self._gauges:
             return np.ones(len(log))
         gauge, response = self._gauges[replica.id]
         nothing = np.zeros(len(log), dtype=np.int64)
         decodes = replace(log, prefill_tokens=nothing, prefill_pairs=nothing)
-        whole_s = predicted_s(log, replica.profile)
         decode_s = np.where(log.decodes > 0, predicted_s(decodes, replica.profile), 0.0)
         cost_s = gauge.cost_s(start_s + log.duration_s / 2)
-        return response.slowdown(cost_s, decode_s, whole_s - decode_s)
+        return response.slowdown(cost_s, decode_s, calibrated_s - decode_s)
 
     def _worked(
         self, runs: Sequence[MeasuredRun]
