@@ -427,6 +427,15 @@ class TestAgainstStubs:
         assert report["parity"]["policy_differences"] == []
         assert report["rankings"]["short"]["repetitions"] == 1
 
+    def test_a_folder_of_another_version_is_an_error(self, live: Any, tmp_path: Path) -> None:
+        about = json.loads((live[0] / "out/measured.json").read_text())
+        del about["format"]
+        (tmp_path / "measured.json").write_text(json.dumps(about))
+        file = live[0] / "validation.yaml"
+        done = viisim("validate", "--live", file, "--out", tmp_path, "--again")
+        assert isinstance(done.exception, InputError)
+        assert "measure again" in str(done.exception)
+
     def test_another_workload_than_was_sent_is_an_error(self, live: Any, tmp_path: Path) -> None:
         workload = {**experiment()["workload"], "output_tokens": 7}
         file = written(tmp_path, experiment(workload=workload))

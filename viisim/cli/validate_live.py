@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Say: TypeAlias = Callable[[str], None]
 
 ABOUT = "measured.json"
+FORMAT = 1
+"""Of a folder of measurements: another number whenever what is measured changes."""
 
 
 def validated_live(file: Path, folder: Path, *, quick: bool, again: bool, say: Say) -> Report:
@@ -65,6 +67,11 @@ def _measured(config: ValidationConfig, folder: Path) -> Measurements:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / ABOUT}: {error}; measure first, without --again") from None
+    if about.get("format") != FORMAT:
+        raise InputError(
+            f"{folder / ABOUT}: format: another version of viisim measured this; measure again, "
+            "into another folder"
+        )
     workers = Workers(config, folder / "profiles")
     experiments = {
         name: load_experiment(part.file, workers.overrides(part))
@@ -172,6 +179,7 @@ def _measure(file: Path, config: ValidationConfig, folder: Path, quick: bool, sa
         with clock.timing(name), Home(part.folder) as home:
             run(measure(workers.overrides(config.parts[name]), part, home, say))
         about = {
+            "format": FORMAT,
             "file": file.name,
             "quick": quick,
             "machine": machine(),
