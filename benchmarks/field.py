@@ -58,7 +58,7 @@ import psutil
 import yaml
 from numpy.random import default_rng
 
-from runtime.cards import cards_of
+from runtime.cards.assignment import cards_of
 from runtime.cluster import Planned, free_ports, planned
 from runtime.commands import WorkerCommand, command_of
 from runtime.http_worker import HttpWorker

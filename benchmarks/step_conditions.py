@@ -31,10 +31,10 @@ from typing import TypeAlias
 import numpy as np
 
 from runtime.cluster import Planned, planned
-from runtime.live_calibration import send
-from runtime.live_front import fronted
-from runtime.live_sweep import Ask, Phase
-from runtime.live_worker import running
+from runtime.live.calibration import send
+from runtime.live.front import fronted
+from runtime.live.sweep import Ask, Phase
+from runtime.live.worker import running
 from runtime.processes import Home
 from viisim.calibration.own_records import read_steps
 from viisim.config import load_experiment

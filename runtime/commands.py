@@ -45,7 +45,8 @@ class WorkerCommand:
 
 
 def command_of(replica: Planned, cards: Sequence[int], deployment: str) -> WorkerCommand:
-    """The command for a replica of kind `vllm` or `container`, on `cards` (see `runtime.cards`).
+    """The command for a replica of kind `vllm` or `container`, on `cards`
+    (see `runtime.cards.assignment`).
 
     `deployment` marks what belongs together: the process finds it in its environment, the
     container in its label. It is made of letters, digits, dots, hyphens and underscores.

@@ -26,19 +26,19 @@ from policies.interface import Launch, PolicyError
 from policies.interface import Limits as CoreLimits
 from runtime.access import Client
 from runtime.app import DRIVER, KEYS, make_app
-from runtime.card_metrics import CardMetrics
-from runtime.card_readers import Cards, open_cards
-from runtime.card_watch import CardWatch, NoCards, capped
-from runtime.cards import STARTED, cards_beside
+from runtime.cards.assignment import STARTED, cards_beside
+from runtime.cards.metrics import CardMetrics
+from runtime.cards.readers import Cards, open_cards
+from runtime.cards.watch import CardWatch, NoCards, capped
 from runtime.cluster import Planned, client_of, free_ports, planned
 from runtime.commands import WorkerCommand, command_of
 from runtime.driver import Driver
-from runtime.fault_injection import inject
-from runtime.fork_server import ForkServer
 from runtime.http_worker import HttpWorker
 from runtime.processes import Home, WorkerProcess
 from runtime.proxy import Limits
 from runtime.serve import listening, stop_signals
+from runtime.simulated.faults import inject
+from runtime.simulated.fork_server import ForkServer
 from runtime.supervisor import Patience, Supervisor
 from runtime.tokens import Tokenizer
 from runtime.worker import Journal, WorkerError

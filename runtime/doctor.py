@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from runtime.card_readers import AMD, read_text
-from runtime.doctor_cards import (
+from runtime.cards.doctor import (
     GIB,
     SeenCard,
     card_findings,
@@ -27,6 +26,7 @@ from runtime.doctor_cards import (
     link_finding,
     seen_cards,
 )
+from runtime.cards.readers import AMD, read_text
 from runtime.stacks import (
     Finding,
     Installed,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtime.card_readers import Card, SysfsCards
+from runtime.cards.readers import Card, SysfsCards
 
 DEVICE = {
     "vendor": "0x1002",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from runtime.cards import cards_of, spare_cards
+from runtime.cards.assignment import cards_of, spare_cards
 from runtime.cluster import Planned
 from runtime.commands import WorkerCommand, command_of, weights_of
 from viisim.cli.dry_run import commands_text, print_commands

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from runtime.card_watch import NoCards, capped
+from runtime.cards.watch import NoCards, capped
 from runtime.cluster import free_ports, planned
 from runtime.deployment import cards_beside
 from tests.test_deploy import LIMIT_S, ask_many, linux_only

@@ -32,12 +32,12 @@ from policies.interface import (
 from policies.least_loaded import LeastLoaded
 from policies.testing import request
 from runtime.cluster import free_ports
-from runtime.fault_injection import inject
 from runtime.http_worker import HttpWorker
 from runtime.load import LoadClient, Record
 from runtime.serve import listening
-from runtime.simulated_api import make_app
-from runtime.simulated_worker import SimulatedWorker
+from runtime.simulated.api import make_app
+from runtime.simulated.faults import inject
+from runtime.simulated.worker import SimulatedWorker
 from runtime.supervisor import Patience, Supervisor
 from tests.small_experiment import SMALL
 from tests.stub_server import Recorder, proxy, run

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from runtime.cluster import planned
 from runtime.commands import command_of
-from runtime.live_calibration import noise_floor_of
-from runtime.live_sweep import Phase, alone, decode_sizes, sweep, traffic
-from runtime.live_worker import recording_command, steps_path
+from runtime.live.measured import noise_floor_of
+from runtime.live.sweep import Phase, alone, decode_sizes, sweep, traffic
+from runtime.live.worker import recording_command, steps_path
 from runtime.load import Record
 from runtime.vllm_plugin import RECORDS_VARIABLE, SCHEDULER_CLS
 from tests import stub_recording_vllm as stub

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.live_delays import BusyDelays, Overhead, busy_delays_of, overhead_of
+from runtime.live.delays import BusyDelays, Overhead, busy_delays_of, overhead_of
 from runtime.load import Record
 from viisim.errors import InputError
 

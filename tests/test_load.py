@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from policies.testing import request
 from runtime.load import LoadClient, Record, late_share, token_ids
-from runtime.simulated_api import make_app
+from runtime.simulated.api import make_app
 from tests.test_simulated_worker import SimulatedWorker, step_time
 from viisim.cli import app as cli
 from viisim.cli.load import summarised

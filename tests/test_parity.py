@@ -20,7 +20,7 @@ from policies.journal import Handled, Segment, handled_line, parse_line
 from policies.registry import policy_names
 from policies.testing import request
 from runtime.driver import Driver, Job
-from runtime.simulated_worker import Prompt, SimulatedWorker
+from runtime.simulated.worker import Prompt, SimulatedWorker
 from runtime.worker import Reading, WorkerError, WorkerRefused
 from viisim.cli import app as cli
 from viisim.engine.scheduler import SchedulerSettings

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from runtime.card_readers import SysfsCards
-from runtime.power_caps import PowerCaps, restore_leftovers
+from runtime.cards.power_caps import PowerCaps, restore_leftovers
+from runtime.cards.readers import SysfsCards
 from tests.sysfs_tree import SysfsTree, sensor
 from viisim.errors import InputError
 
@@ -97,7 +97,7 @@ def test_a_cap_that_may_not_be_set_is_the_users_error(cards, state_file, monkeyp
         raise PermissionError(13, "Permission denied")
 
     with PowerCaps(state_file, cards) as caps:
-        monkeypatch.setattr("runtime.power_caps.os.open", refuse)
+        monkeypatch.setattr("runtime.cards.power_caps.os.open", refuse)
         with pytest.raises(InputError, match=r"card1 \(Permission denied\): run as root"):
             caps.set(cards[0], 150)
         monkeypatch.undo()
@@ -200,8 +200,8 @@ def test_a_state_file_that_cannot_be_written_is_the_users_error(cards, tmp_path)
 _SETS_A_CAP_AND_IS_KILLED = """
 import os, signal, sys
 from pathlib import Path
-from runtime.power_caps import PowerCaps
-from runtime.card_readers import SysfsCards
+from runtime.cards.power_caps import PowerCaps
+from runtime.cards.readers import SysfsCards
 
 cards = SysfsCards(Path(sys.argv[1])).cards
 with PowerCaps(Path(sys.argv[2]), cards) as caps:

@@ -9,8 +9,8 @@ import pytest
 from aiohttp import ClientError
 from aiohttp.test_utils import TestClient, TestServer
 
-from runtime.simulated_api import make_app
-from runtime.simulated_worker import SimulatedWorker
+from runtime.simulated.api import make_app
+from runtime.simulated.worker import SimulatedWorker
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.step_time import DecodePoint, StepTime
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from runtime.commands import WorkerCommand
-from runtime.fork_server import ForkedWorker
 from runtime.processes import Home, WorkerProcess
+from runtime.simulated.fork_server import ForkedWorker
 from runtime.supervisor import Patience, Supervisor
 from viisim.errors import InputError
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from runtime.card_metrics import CardMetrics
-from runtime.card_readers import AmdSmiCards, Card, CardReading, SysfsCards, open_cards
-from runtime.telemetry import Telemetry
+from runtime.cards.metrics import CardMetrics
+from runtime.cards.readers import AmdSmiCards, Card, CardReading, SysfsCards, open_cards
+from runtime.cards.telemetry import Telemetry
 from tests.sysfs_tree import HOT, SysfsTree, cards_with, sensor
 
 PCI = "0000:03:00.0"

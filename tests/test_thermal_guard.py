@@ -2,8 +2,8 @@
 
 import pytest
 
-from runtime.card_readers import CardReading
-from runtime.thermal_guard import GuardAnswer, ThermalGuard
+from runtime.cards.readers import CardReading
+from runtime.cards.thermal_guard import GuardAnswer, ThermalGuard
 from viisim.errors import InputError
 
 

@@ -2,7 +2,7 @@
 
 An experiment's `faults` say it in general, with times or rates; `schedule` turns that into single
 faults, each at one time on one replica, by draws from the random stream `faults` alone. The
-simulator plays them by `viisim.fault_player`, a deployment by `runtime.fault_injection`.
+simulator plays them by `viisim.fault_player`, a deployment by `runtime.simulated.faults`.
 
 A replica has one fault at a time: what would come over it while another lasts is left out.
 """

@@ -16,7 +16,7 @@ from viisim.cli.terminal import plain_table, show
 
 if TYPE_CHECKING:
     from runtime.cluster import Planned
-    from runtime.live_calibration import Measured
+    from runtime.live.measured import Measured
     from viisim.calibration.calibrate import Calibration, Options
     from viisim.config import Experiment, ReplicaConfig
     from viisim.profile import ApiDelay, Profile
@@ -111,7 +111,7 @@ def calibrated_live(
     traffic that it has not seen, then fit all.
 
     `as_deployed` is behind viisim's proxy, and beside all other workers of the experiment: see
-    `runtime.live_calibration.measure`. Raises InputError, too, for a worker that cannot be
+    `runtime.live.calibration.measure`. Raises InputError, too, for a worker that cannot be
     measured. `say` is told what happens, a line each.
     """
     from runtime.cluster import planned
@@ -147,8 +147,8 @@ def _measured(
     as_deployed: bool,
     say: Callable[[str], None],
 ) -> list[Measured]:
-    from runtime.cards import cards_of
-    from runtime.live_calibration import Subject, measure
+    from runtime.cards.assignment import cards_of
+    from runtime.live.calibration import Subject, measure
     from runtime.processes import Home
     from runtime.serve import run
 

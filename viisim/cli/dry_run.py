@@ -31,7 +31,7 @@ def commands_text(experiment: Experiment, replicas: Sequence[Planned], deploymen
 
     Above each, the source of its flags and variables; one that was named before is not repeated.
     """
-    from runtime.cards import cards_of
+    from runtime.cards.assignment import cards_of
     from runtime.commands import command_of
 
     cards = cards_of(experiment)

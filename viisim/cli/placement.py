@@ -33,7 +33,7 @@ def placement_of(experiment: Experiment) -> dict[str, Any]:
 
     Raises InputError for cards that overlap.
     """
-    from runtime.cards import cards_of
+    from runtime.cards.assignment import cards_of
 
     cards = cards_of(experiment)
     rows = [
@@ -138,7 +138,7 @@ def _complaint(
 
 def _spare(experiment: Experiment) -> dict[str, Any] | None:
     """What the spare cards could hold of the models that the cluster serves."""
-    from runtime.cards import spare_cards
+    from runtime.cards.assignment import spare_cards
 
     spare = experiment.cluster.spare
     if spare is None:

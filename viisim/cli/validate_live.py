@@ -153,7 +153,7 @@ class Workers:
 
 
 def _measure(file: Path, config: ValidationConfig, folder: Path, quick: bool, say: Say) -> None:
-    from runtime.live_validation import Clock
+    from runtime.live.validation import Clock
     from runtime.processes import Home
     from runtime.serve import run
     from viisim.validation.config import ACCURACY, RANKING

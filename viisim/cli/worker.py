@@ -79,7 +79,7 @@ def worker(
 
 def _fork_on_request(experiment: Experiment, speed: float, answers: TextIO) -> None:
     """For each line `REPLICA PORT` of standard input fork a worker and answer with its process
-    id; at the end of the input, end with all of them. See `runtime.fork_server`."""
+    id; at the end of the input, end with all of them. See `runtime.simulated.fork_server`."""
     _import_all()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever asked watches them
     ours, theirs = os.pipe()
@@ -114,7 +114,7 @@ def _chosen(experiment: Experiment, ids: Sequence[str]) -> list[SimulatedReplica
 def _import_all() -> None:
     """Import what serving needs once, before the processes part."""
     import runtime.serve
-    import runtime.simulated_api  # noqa: F401 - for the processes that part from this one
+    import runtime.simulated.api  # noqa: F401 - for the processes that part from this one
 
 
 def _serve(
@@ -122,8 +122,8 @@ def _serve(
 ) -> None:
     """Serve until told to stop, or until the other end of the pipe `ends_with` is closed."""
     from runtime.serve import run, serve
-    from runtime.simulated_api import make_app
-    from runtime.simulated_worker import SimulatedWorker
+    from runtime.simulated.api import make_app
+    from runtime.simulated.worker import SimulatedWorker
     from viisim.step_costs import step_time_of
 
     settings = replica.settings

@@ -7,7 +7,7 @@ from operator import itemgetter
 
 from numpy.random import default_rng
 
-from runtime.live_validation import Say, Served, deployed, measure_run
+from runtime.live.validation import Say, Served, deployed, measure_run
 from runtime.processes import Home
 from viisim.capacity import work_rate_per_s
 from viisim.config import Experiment, load_experiment

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.card_readers import CardReading, SysfsCards, read_number, read_text
+from runtime.cards.readers import CardReading, SysfsCards, read_number, read_text
 from runtime.stacks import STACKS, Finding, State, chip_of
 from viisim.hardware import GB_PER_S_PER_LANE
 

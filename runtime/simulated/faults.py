@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from runtime.simulated_worker import NO_FAULT
+from runtime.simulated.worker import NO_FAULT
 from viisim.faults import Fault
 
 log = logging.getLogger(__name__)

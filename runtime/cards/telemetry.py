@@ -15,7 +15,7 @@ from dataclasses import replace
 from math import inf
 from threading import Thread
 
-from runtime.card_readers import Card, CardReading, Cards
+from runtime.cards.readers import Card, CardReading, Cards
 
 
 class Telemetry:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runtime.card_readers import CardReading
-from runtime.telemetry import Telemetry
+from runtime.cards.readers import CardReading
+from runtime.cards.telemetry import Telemetry
 
 
 class CardMetrics(Collector):

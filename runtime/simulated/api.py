@@ -20,7 +20,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from runtime.simulated_worker import (
+from runtime.simulated.worker import (
     BYTES_PER_TOKEN,
     NO_FAULT,
     BadRequest,

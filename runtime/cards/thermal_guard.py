@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from runtime.card_readers import CardReading
+from runtime.cards.readers import CardReading
 from viisim.errors import InputError
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from runtime.card_readers import Card, read_number
+from runtime.cards.readers import Card, read_number
 from viisim.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class _Change:
 class PowerCaps:
     """Sets caps, and puts back what was there; use it as a context manager.
 
-    `cards` are those of the machine by HIP index (`runtime.card_readers.Cards.cards`). Entering
+    `cards` are those of the machine by HIP index (`runtime.cards.readers.Cards.cards`). Entering
     creates and locks `state_file` and puts back what a killed process left behind. It raises
     InputError when another process holds the file, or when it cannot be written.
     """

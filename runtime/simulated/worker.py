@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from runtime.simulated_engine import RealTimeEngine, Stream
+from runtime.simulated.engine import RealTimeEngine, Stream
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.step_time import StepTime
 from viisim.faults import HEAT_EVERY_S, Heat, Throttle

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.card_readers import Card, CardReading, Cards
+from runtime.cards.power_caps import PowerCaps, restore_leftovers
+from runtime.cards.readers import Card, CardReading, Cards
+from runtime.cards.telemetry import Telemetry
+from runtime.cards.thermal_guard import GuardAnswer, ThermalGuard
 from runtime.driver import Driver
-from runtime.power_caps import PowerCaps, restore_leftovers
-from runtime.telemetry import Telemetry
-from runtime.thermal_guard import GuardAnswer, ThermalGuard
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class NoCards:
     cards: tuple[Card, ...] = ()
 
     def read(self, card: Card) -> CardReading:
-        """See `runtime.card_readers.Cards`: there is none to be read."""
+        """See `runtime.cards.readers.Cards`: there is none to be read."""
         raise KeyError(card)
 
 
