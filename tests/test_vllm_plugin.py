@@ -209,6 +209,18 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         RecordFile(tmp_path / "no" / "steps.jsonl")
 
 
+def test_a_full_disk_ends_the_recording_with_one_warning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = RecordFile(Path("/dev/full"))
+    for _ in range(3):
+        file.write({"step": "1" * (2 << 20)})
+    file.close()
+    assert capsys.readouterr().err == (
+        "viisim: /dev/full: No space left on device; step records are lost\n"
+    )
+
+
 def test_a_scheduler_without_an_attribute_ends_the_recording_with_one_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -421,6 +433,15 @@ def test_calibration_reads_what_the_stat_logger_writes(loaded: Loaded, records: 
     assert run.steps.duration_s.tolist() == [0.0125]
 
 
+def test_a_stat_logger_that_lacks_an_attribute_ends_with_one_warning(
+    loaded: Loaded, records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = loaded("stat_logger").StepStatLogger(vllm_config())
+    for _ in range(2):
+        logger.record(SimpleNamespace(iteration_details=SimpleNamespace(is_dummy=False)), None)
+    assert capsys.readouterr().err.count("viisim: step records end here: AttributeError") == 1
+
+
 @pytest.mark.parametrize(
     "stats",
     [None, SimpleNamespace(iteration_details=None), scheduler_stats(is_dummy=True)],
@@ -603,6 +624,14 @@ def test_an_interpreter_without_vllm_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"--python .*: has ended, saying: .*No module named 'vllm'"
     ):
+        VllmProcess(python).__enter__()
+
+
+def test_a_program_that_is_no_interpreter_is_named(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho welcome\n")
+    python.chmod(0o755)
+    with pytest.raises(InputError, match=r"--python .*/python: says 'welcome', which"):
         VllmProcess(python).__enter__()
 
 

@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -160,7 +161,10 @@ class StepTimes:
 
 class RecordFile:
     """A file that lines are added to. They are formatted at once, which takes microseconds; a
-    thread of its own writes them, so that the last ones of a busy period do not stay behind."""
+    thread of its own writes them, so that the last ones of a busy period do not stay behind.
+
+    A disk that takes no more ends the recording with one warning; the engine goes on.
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens `path`, keeping what it holds. Raises RuntimeError when that fails."""
@@ -175,24 +179,34 @@ class RecordFile:
         atexit.register(self.close)
 
     def write(self, record: Record) -> None:
-        """Add one line."""
-        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        """Add one line; nothing once the file is closed."""
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        with self._closed_on_error():
+            self._file.write(line)
 
     def close(self) -> None:
-        """Write what is left. May be called again; nothing may be written after it."""
+        """Write what is left. May be called again."""
         self._closing.set()
-        self._file.close()
+        with self._closed_on_error():
+            self._file.close()
         atexit.unregister(self.close)
 
     def _flush_regularly(self) -> None:
         while not self._closing.wait(_FLUSH_S):
-            try:
+            with self._closed_on_error():
                 self._file.flush()
-            except ValueError:  # closed in between
-                return
-            except OSError as error:
-                warn(f"viisim: {self._file.name}: {error.strerror}; step records are lost")
-                return
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._closing.set()
+            warn(f"viisim: {self._file.name}: {error.strerror}; step records are lost")
+            with suppress(OSError):  # what is left in its buffer
+                self._file.close()
+        except ValueError:  # it is closed
+            self._closing.set()
 
 
 def records_path(engine_index: int) -> Path | None:

@@ -56,15 +56,20 @@ class StepStatLogger(StatLoggerBase):  # type: ignore[misc]  # vllm is untyped f
         if self._file is None or details is None or details.is_dummy:
             return
         preempted = getattr(iteration_stats, "num_preempted_reqs", 0)
-        self._file.write(
-            estimated_record(
+        try:
+            record = estimated_record(
                 scheduler_stats,
                 preempted,
                 usable_blocks=(self._cache.num_gpu_blocks or 1) - 1,
                 block_tokens=self._cache.block_size,
                 received_s=time.monotonic(),
             )
-        )
+        except Exception as error:  # another vLLM lacks an attribute; the server goes on
+            warn(f"viisim: step records end here: {type(error).__name__}: {error}")
+            self._file.close()
+            self._file = None
+        else:
+            self._file.write(record)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: each engine's file tells for itself."""

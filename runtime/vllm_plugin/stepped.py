@@ -88,7 +88,13 @@ class VllmProcess:
         line = stdout.readline()
         if not line:
             raise InputError(f"--python {self._python}: {self._last_words()}")
-        answer = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            raise InputError(
+                f"--python {self._python}: says {line.strip()!r}, which an interpreter of Python "
+                "would not; name the one that has vLLM"
+            ) from None
         if isinstance(answer, dict) and "error" in answer:
             raise InputError(f"this vLLM cannot be driven: {answer['error']}")
         return answer
