@@ -103,6 +103,11 @@ def test_a_written_profile_reads_back_the_same(tmp_path: Path) -> None:
     assert load_profile("p.yaml", tmp_path) == profile
 
 
+def test_the_folder_of_a_profile_is_made(tmp_path: Path) -> None:
+    write_profile(calibrated(tmp_path, mixed(1)).profile, tmp_path / "mine/p.yaml")
+    assert (tmp_path / "mine/p.yaml").exists()
+
+
 def test_the_file_begins_with_its_comments(tmp_path: Path) -> None:
     text = profile_text(calibrated(tmp_path, mixed(1)).profile, ["Made by:", " a command"])
     assert text.splitlines()[:2] == ["# Made by:", "#  a command"]

@@ -17,13 +17,15 @@ _WIDTH = 100
 
 
 def write_profile(profile: Profile, path: Path, comments: Sequence[str] = ()) -> None:
-    """Write the profile, with comment lines in front. Raises InputError if that is impossible.
+    """Write the profile, with comment lines in front, and make its folder if there is none.
+    Raises InputError if that is impossible.
 
     The file is written aside and moved into place, so that no reader and no interruption ever
     leaves half a profile.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(profile_text(profile, comments), encoding="utf-8")
         aside.replace(path)
     except OSError as error:

@@ -65,7 +65,8 @@ def run(
     viisim run experiments/azure_conv.yaml --set cluster.replicas.0.count=8
     viisim run experiments/least_loaded.yaml --set policy='{class: mine.py:Mine}'
 
-    Paths in the file, and in what is set, start in the file's folder.
+    Paths in the file, and in what is set, start in the file's folder, or else where you
+    stand.
     """
     from viisim.config import load_experiment
     from viisim.experiment import run_into
