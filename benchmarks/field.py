@@ -1,5 +1,6 @@
 """The same traffic on the same workers through viisim, vllm-router and smg, in turns.
 
+    pip install -e '.[deploy,tokenizer]'
     python -m venv field-venv && field-venv/bin/pip install vllm-router==0.1.17 smg==1.13.0
     PATH=$PATH:$PWD/field-venv/bin python benchmarks/field.py \\
         --profiles runs/field/profiles --load 0.9 > field.json
@@ -28,7 +29,7 @@ would order nothing that the engines do not.
 
 Each rival has its best policy: those in `RIVALS` are each tried with the requests of one more
 seed, and the one with the most goodput goes on. `vllm-router:power_of_two` in --systems names one
-instead.
+instead; viisim's may have parameters, as `viisim:twin/shed_late=true` has.
 
 With 45 s a run, 5 seeds, and 8 policies to try, it takes about half an hour; --profiles has each
 worker measured first where its profile is missing, five to ten minutes each. --quick takes a minute
@@ -64,8 +65,10 @@ from runtime.commands import WorkerCommand, command_of
 from runtime.http_worker import HttpWorker
 from runtime.load import LoadClient, Record, late_share
 from runtime.processes import Home, WorkerProcess
+from runtime.tokens import Tokenizer
 from runtime.worker import WorkerError
 from viisim.capacity import offered_per_s
+from viisim.cells import policy_spec
 from viisim.cli.load import summarised
 from viisim.config import Experiment, SloConfig, experiment_from
 from viisim.documents import override, read_yaml
@@ -183,7 +186,7 @@ def deployed(
 ) -> dict[str, Any]:
     """The experiment for `viisim deploy`, in front of workers that run already."""
     changed = deepcopy(dict(data))
-    changed["policy"] = {"name": policy}
+    changed["policy"] = policy_spec(policy)
     entries = changed["cluster"]["replicas"]
     for entry, url in zip(entries, urls, strict=True):
         entry["worker"] = {"kind": "url", "url": url}
@@ -637,6 +640,7 @@ class Field:
                 system, runs = await self.chosen(named)
                 systems.append(system)
                 tried += runs
+            systems = list(dict.fromkeys(systems))  # a rival's best may be named as well
             pairs = orders(systems, self.experiment.seeds)
             runs = [await self.run(system, seed) for seed, system in pairs]
         return {
@@ -736,7 +740,9 @@ def experiment_of(options: argparse.Namespace) -> tuple[dict[str, Any], Experime
     data = read_yaml(file)
     for assignment in options.set:
         override(data, assignment)
-    experiment_from(data, str(file), file.parent)  # says what is wrong in the file as it is
+    given = experiment_from(data, str(file), file.parent)
+    if given.deploy.tokenizer is not None:
+        Tokenizer(Path(given.deploy.tokenizer))  # is there, before others are measured for minutes
     data = single(data, file.parent)
     if options.quick:
         data["seeds"] = data["seeds"][:1]

@@ -36,7 +36,7 @@ from runtime.live.front import fronted
 from runtime.live.sweep import Ask, Phase
 from runtime.live.worker import running
 from runtime.processes import Home
-from viisim.calibration.own_records import read_steps
+from viisim.calibration.own_records import step_log
 from viisim.config import load_experiment
 from viisim.errors import InputError
 from viisim.statistics import estimate
@@ -81,8 +81,7 @@ def mean_step_s(replica: Planned, home: Home, since_s: float) -> float:
     """Of the recorded steps from then on that decode in all places."""
     file, places = steps_file(replica, home), replica.entry.engine.max_num_seqs
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    log = read_steps([row for row in rows if row["start_s"] >= since_s], file, "").steps
-    assert log is not None, "they are steps"
+    log = step_log([row for row in rows if row["start_s"] >= since_s], file)
     return float(log.duration_s[(log.decodes == places) & (log.prefill_tokens == 0)].mean())
 
 

@@ -23,6 +23,8 @@ from viisim.workload.request import Request
 
 VOCABULARY = range(100, 30_000)
 """Token ids that most models have, none of them special."""
+SMALL_VOCABULARY = range(10, 100)
+"""Token ids that every model has, none of them special in the usual vocabularies."""
 _LATE_S = 0.05
 
 

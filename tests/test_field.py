@@ -107,6 +107,11 @@ class TestCommands:
         assert experiment.deploy.listen == "127.0.0.1:5"
         assert experiment.deploy.tokenizer == data["deploy"]["tokenizer"]
 
+    def test_its_policy_may_have_parameters(self):
+        data = field.single(read_yaml(field.EXPERIMENT), field.EXPERIMENT.parent)
+        found = field.deployed(data, "twin/shed_late=true", URLS, 5, [])
+        assert found["policy"] == {"name": "twin", "shed_late": True}
+
     def test_its_file_can_be_anywhere(self, tmp_path: Path):
         file = field.EXPERIMENT
         path = tmp_path / "viisim.yaml"

@@ -249,6 +249,19 @@ def test_files_and_a_live_worker_together_are_refused(tmp_path: Path) -> None:
     assert isinstance(done.exception, InputError)
 
 
+@pytest.mark.parametrize("option", ["--only=a", "--num-kv-blocks=500"])
+def test_an_option_for_files_is_refused_for_a_live_worker(tmp_path: Path, option: str) -> None:
+    done = calibrate("--live", "b.yaml", "-o", str(tmp_path / "p.yaml"), option)
+    assert isinstance(done.exception, InputError)
+    assert str(done.exception).startswith(f"{option.partition('=')[0]}: not with --live")
+
+
+def test_an_option_for_a_live_worker_is_refused_for_files(tmp_path: Path) -> None:
+    done = calibrate("a.jsonl", "-o", str(tmp_path / "p.yaml"), "--as-deployed")
+    assert isinstance(done.exception, InputError)
+    assert str(done.exception) == "--as-deployed: only with --live"
+
+
 @pytest.fixture(scope="module")
 def stubbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder and the summary of a calibration of the stub."""

@@ -127,6 +127,14 @@ def test_a_limit_is_twice_the_noise_within_its_bounds(spread: float, limit: floa
     assert judged(accuracy, "mean TPOT").limit == pytest.approx(limit)
 
 
+@pytest.mark.parametrize(("factor", "lenient"), [(1.02, False), (1.07, True), (1.3, False)])
+def test_a_check_that_holds_by_noise_alone_is_told_from_others(
+    factor: float, lenient: bool
+) -> None:
+    accuracy = compared(answers(0.98), answers(1.02), simulated=answers(factor))
+    assert judged(accuracy, "mean TPOT").lenient is lenient
+
+
 def test_a_limit_beyond_the_plain_one_says_why() -> None:
     why = judged(compared(answers(0.9), answers(1.1)), "mean TPOT").why
     assert why == "the most that counts of 2 times the workers' own difference of 20.0%, not 5%"

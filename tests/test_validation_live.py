@@ -1,24 +1,31 @@
 """`viisim validate --live`: its file, the requests it sends, and a whole run against a stub."""
 
+import asyncio
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from runtime.live.validation import deployed
+from runtime.processes import Home
 from viisim.cli.app import app
 from viisim.cli.validate_live import Workers
 from viisim.config import experiment_from, load_experiment
 from viisim.errors import InputError
+from viisim.validation import measure
 from viisim.validation.config import load_validation
-from viisim.validation.measured import MeasuredRun, Part, measured_answers, rows_of
+from viisim.validation.measured import MeasuredRun, Part, PlannedRun, measured_answers, rows_of
 from viisim.validation.parity import policy_differences
 from viisim.validation.predict import (
     Speed,
@@ -147,7 +154,19 @@ class TestFile:
     def test_a_folder_that_holds_something_is_left_alone(self, tmp_path: Path) -> None:
         done = viisim("validate", "--live", written(tmp_path), "--out", tmp_path)
         assert isinstance(done.exception, InputError)
-        assert "holds something already" in str(done.exception)
+        assert "is not empty" in str(done.exception)
+
+    @pytest.mark.parametrize("option", ["--plots=d", "--profile=p", "--skip=1"])
+    def test_an_option_for_files_is_an_error(self, tmp_path: Path, option: str) -> None:
+        done = viisim("validate", "--live", written(tmp_path), option)
+        assert isinstance(done.exception, InputError)
+        assert str(done.exception).startswith(f"{option.partition('=')[0]}: not with --live")
+
+    @pytest.mark.parametrize("option", ["--quick", "--again", "--out=d", "--page=p.md"])
+    def test_its_options_are_errors_without_live(self, tmp_path: Path, option: str) -> None:
+        done = viisim("validate", tmp_path / "a.json", "--profile", "p", option)
+        assert isinstance(done.exception, InputError)
+        assert str(done.exception) == f"{option.partition('=')[0]}: only with --live"
 
     def test_again_without_measurements_is_an_error(self, tmp_path: Path) -> None:
         done = viisim("validate", "--live", written(tmp_path), "--again", "--out", tmp_path / "no")
@@ -305,6 +324,38 @@ class TestPolicies:
         assert found == "1 policies were deployed in turn, 2 were to be"
 
 
+class TestMeasuring:
+    def test_a_worker_that_refuses_requests_ends_it_at_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def refused(served: object, part: Part, run: PlannedRun, requests: object) -> None:
+            line = json.dumps({"due_s": 0.0, "error": "400 Bad Request"})
+            part.requests_file(run.name).write_text(line + "\n", encoding="utf-8")
+
+        monkeypatch.setattr("viisim.validation.measure.measure_run", refused)
+        asked = experiment_from(experiment(), "stubs.yaml", ROOT)
+        nobody: Any = None
+        workers = measure._Workers(nobody, Part(tmp_path), asked, print)
+        with pytest.raises(InputError, match=r"1 requests failed \(400 Bad Request\); look into"):
+            asyncio.run(workers.warm_up())
+
+    @pytest.mark.slow
+    def test_workers_of_a_deployment_that_was_killed_are_ended(self, tmp_path: Path) -> None:
+        written(tmp_path)
+        part, workers = Part(tmp_path / "part"), []
+
+        async def killed(home: Home) -> None:
+            async with deployed(tmp_path / "experiment.yaml", [], part, home, print):
+                (proxy,) = rows_of(part.folder / "started.jsonl")
+                workers.extend(rows_of(part.folder / "state/started.jsonl"))
+                os.kill(proxy["session"], signal.SIGKILL)
+
+        with Home(part.folder) as home:
+            asyncio.run(killed(home))
+        assert len(workers) == 2
+        assert not any(psutil.pid_exists(row["session"]) for row in workers)
+
+
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder and the report of a whole run against stubs."""
@@ -426,6 +477,27 @@ class TestAgainstStubs:
         assert report["missing"] == ["the end of ranking"]
         assert report["parity"]["policy_differences"] == []
         assert report["rankings"]["short"]["repetitions"] == 1
+
+    def test_without_a_gauge_a_worker_on_the_cpu_is_not_all_measured(
+        self, live: Any, tmp_path: Path
+    ) -> None:
+        out, file = tmp_path / "out", live[0] / "validation.yaml"
+        shutil.copytree(live[0] / "out", out)
+        gauge = out / "accuracy/steps/r1.gauge.jsonl"
+        gauge.write_text("".join(gauge.read_text().splitlines(keepends=True)[:5]))
+        viisim("validate", "--live", file, "--out", out, "--again")
+        missing = json.loads((out / "report.json").read_text())["missing"]
+        assert missing == ["the machine's speed beside accuracy r1"]
+
+    def test_what_was_measured_quickly_is_judged_as_that(self, live: Any, tmp_path: Path) -> None:
+        out, file = tmp_path / "out", live[0] / "validation.yaml"
+        shutil.copytree(live[0] / "out", out)
+        about = json.loads((out / "measured.json").read_text())
+        (out / "measured.json").write_text(json.dumps(about | {"quick": True}))
+        viisim("validate", "--live", file, "--out", out, "--again")
+        report = json.loads((out / "report.json").read_text())
+        assert report["limits"]["source"] == "loose"
+        assert report["command"].endswith(" --quick")
 
     def test_a_folder_of_another_version_is_an_error(self, live: Any, tmp_path: Path) -> None:
         about = json.loads((live[0] / "out/measured.json").read_text())

@@ -5,7 +5,7 @@ The page that is made of it is `experiments/premise/make.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -220,9 +220,3 @@ def _arrival(request: Request) -> GoldenRequest:
         prompt=((number, view.prompt_tokens),),
         out_seg=-1 - number,
     )
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

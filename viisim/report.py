@@ -1,8 +1,8 @@
-"""The result table for people: what a summary says, in 80 columns."""
+"""Results for people: what a summary says, in 80 columns; numbers, and tables of pages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -167,6 +167,12 @@ def number(value: float | None, scale: float = 1, digits: int = 3) -> str:
     return (
         f"{value:,.0f}" if abs(value) >= 99.95 or value == 0 else f"{value:#.{digits}g}".rstrip(".")
     )
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _with_interval(value: Estimate, scale: float) -> str:

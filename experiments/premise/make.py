@@ -25,8 +25,8 @@ from viisim.premise import (
     configuration,
     record_of,
     serve,
-    table,
 )
+from viisim.report import markdown_table
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "premise.md"
@@ -291,7 +291,7 @@ def sweep_table() -> str:
     """The sweep as a table."""
     rows = sweep()
     one = rows[0]
-    return table(
+    return markdown_table(
         ["cards", "replicas: tok/s", "a card", "proxy, of one core", "one TP group: tok/s",
          "a card", "times one card"],
         [
@@ -543,7 +543,9 @@ def page() -> str:
         "The RX 9070 XT record": RECORD_TEXT,
     }
     for title, found in claims().items():
-        parts.append(f"## {title}\n\n{table(headings, [claim.cells for claim in found])}\n")
+        parts.append(
+            f"## {title}\n\n{markdown_table(headings, [claim.cells for claim in found])}\n"
+        )
         if title in after:
             parts.append(after[title])
     return "\n".join(parts)

@@ -38,8 +38,8 @@ from policies.round_robin import RoundRobin
 from viisim.config import shared_folder
 from viisim.errors import InputError
 from viisim.memory import DEFAULTS
-from viisim.premise import table
 from viisim.profile import CalibratedRange, DecodeTime, PrefillTime, Profile, StepTime
+from viisim.report import markdown_table
 from viisim.roofline import roofline_profile
 from viisim.simulation import ReplicaSpec, Simulation
 from viisim.step_costs import step_costs_of, step_time_of
@@ -593,7 +593,7 @@ class Report:
             ["what a second sequence adds to it", f"{known.sequence_s * 1e3:.2f} ms",
              f"{known.pairs} pairs"],
         ]  # fmt: skip
-        return table(["figure", "median", "of requests"], rows)
+        return markdown_table(["figure", "median", "of requests"], rows)
 
     def ttft_table(self) -> str:
         """Mean times to first token."""
@@ -607,7 +607,7 @@ class Report:
             )  # fmt: skip
         headings = ["requests/s", "`naive`", "`aibrix_naive_7`", "noise floor", "predicted",
                     "error", "`ps_naive`", "predicted", "error"]  # fmt: skip
-        return table(headings, rows)
+        return markdown_table(headings, rows)
 
     def detail_table(self) -> str:
         """Signed errors of quantiles and of generation, and hits."""
@@ -622,7 +622,7 @@ class Report:
             rows.append(row)
         names = ["p50", "p90", "p99", "generation", "hits"]
         headings = [f"`{of}` {name}" for of in (NAIVE, SESSION) for name in names]
-        return table(["requests/s", *headings], rows)
+        return markdown_table(["requests/s", *headings], rows)
 
     def balancer_table(self) -> str:
         """Errors of `naive` under every rule, and where sessions stop paying."""
@@ -631,7 +631,7 @@ class Report:
             errors = self.curve(of) / self.curve(NAIVE) - 1
             rows.append([name, *(f"{e:+.0%}" for e in errors), self.place(of, self.session)])
         rates = [f"{rate:g}" for rate in self.rates]
-        return table(["rule", *rates, "`ps_naive` no longer better"], rows)
+        return markdown_table(["rule", *rates, "`ps_naive` no longer better"], rows)
 
     def memory_table(self) -> str:
         """The same with more and less memory for keys and values."""
@@ -643,7 +643,9 @@ class Report:
             naive = self.predict(profile, KeepAlive)
             session = self.predict(profile, BY_SESSION, SESSION)
             rows.append([f"{blocks:,}", f"{factor - 1:+.0%}", self.place(naive, session)])
-        return table(["KV blocks", "of the catalogue's", "`ps_naive` no longer better"], rows)
+        return markdown_table(
+            ["KV blocks", "of the catalogue's", "`ps_naive` no longer better"], rows
+        )
 
     def place(self, naive: Prediction | str, session: Prediction | str) -> str:
         """Where sessions stop paying, in words."""

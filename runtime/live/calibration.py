@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,12 @@ from runtime.live.front import fronted
 from runtime.live.measured import PARTS, SWEEPS, TRAFFIC, WARM_UP, Measured, Sent, learned
 from runtime.live.sweep import Chain, Phase, decode_sizes, sweep, traffic
 from runtime.live.worker import engine_of, running, steps_path
-from runtime.load import LoadClient
+from runtime.load import SMALL_VOCABULARY, LoadClient
 from runtime.processes import Home
 from viisim.errors import InputError
 from viisim.profile import EngineSettings, ProfileEngine
 from viisim.workload.request import Request
 
-_VOCABULARY = range(10, 100)
-"""Token ids that every model has, none of them special in the usual vocabularies."""
 _SETTLE_S = 1.5
 """A recorder's last lines are in the file within half a second; this is longer."""
 _PAUSE_S = 0.05
@@ -72,14 +70,14 @@ async def _busy(replica: Planned, cards: Sequence[int], home: Home) -> AsyncIter
 
 @asynccontextmanager
 async def _under_traffic(url: str, model: str, settings: EngineSettings) -> AsyncIterator[None]:
-    """The worker has traffic meanwhile, of which nothing is kept."""
-    task = asyncio.create_task(_keep_busy(url, model, settings))
+    """The worker has traffic meanwhile, of which nothing is kept; an error of it ends the block."""
     try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        async with asyncio.TaskGroup() as group:
+            busy = group.create_task(_keep_busy(url, model, settings))
+            yield
+            busy.cancel()
+    except* InputError as errors:
+        raise errors.exceptions[0] from None
 
 
 async def _keep_busy(url: str, model: str, settings: EngineSettings) -> None:
@@ -206,7 +204,7 @@ async def send(url: str, model: str, part: str, phase: Phase) -> Sent:
             # Contents of their own in each run: none may find another's in the prefix cache.
             yield _turn(chain, 0, model, (begin_s, number), 0)
 
-    records = await LoadClient(url, vocabulary=_VOCABULARY).send(turns())
+    records = await LoadClient(url, vocabulary=SMALL_VOCABULARY).send(turns())
     for record in records:
         if record.error:
             raise InputError(

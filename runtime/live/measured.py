@@ -15,7 +15,7 @@ from runtime.live.delays import BusyDelays, Overhead, busy_delays_of, overhead_o
 from runtime.live.worker import gauge_path
 from runtime.load import Record
 from viisim.calibration.gauge import Gauge, Response, fit_response, read_gauge
-from viisim.calibration.own_records import read_steps
+from viisim.calibration.own_records import step_log
 from viisim.errors import InputError
 from viisim.profile import ProfileEngine
 
@@ -93,7 +93,7 @@ def learned(
     rows = _step_rows(file, sent[0].begin_s)
     gauge, response = read_gauge(gauge_path(file)), None
     if gauge is not None:
-        response = _gauged(rows, gauge, gauge.mean_s(sent[0].begin_s, sent[-1].end_s))
+        response = _gauged(file, rows, gauge, gauge.mean_s(sent[0].begin_s, sent[-1].end_s))
     _write_requests(folder / "requests.jsonl", sent)
     files = {part: _write_steps(folder, part, sent, rows) for part in PARTS}
     lone = [one for one in sent if one.name == "alone"]
@@ -130,12 +130,11 @@ def _step_rows(file: Path, since_s: float) -> list[Row]:
     return rows
 
 
-def _gauged(rows: Sequence[Row], gauge: Gauge, work_s: float) -> Response:
-    """How the steps follow the machine; to each is added how many times as long as usual it took
-    by that."""
+def _gauged(file: Path, rows: Sequence[Row], gauge: Gauge, work_s: float) -> Response:
+    """How the steps of the file follow the machine; to each is added how many times as long as
+    usual it took by that."""
     busy = [row for row in rows if row["decode_seqs"] or row["prefill_tokens"]]
-    log = read_steps(busy, Path(), "").steps
-    assert log is not None, "it was read from steps"
+    log = step_log(busy, file)
     start_s = np.array([row["start_s"] for row in busy])
     response, slowdowns = fit_response(log, start_s, gauge, work_s)
     for row, slowdown in zip(busy, slowdowns, strict=True):

@@ -26,7 +26,7 @@ import psutil
 
 from runtime.cluster import free_ports
 from runtime.commands import WorkerCommand
-from runtime.load import LoadClient
+from runtime.load import SMALL_VOCABULARY, LoadClient
 from runtime.processes import Home, WorkerProcess
 from runtime.vllm_plugin import SCHEDULER_CLS, recording_environment
 from viisim.config import Experiment, load_experiment
@@ -36,8 +36,6 @@ from viisim.workload.request import Request
 
 Say: TypeAlias = Callable[[str], None]
 
-VOCABULARY = range(10, 100)
-"""Token ids that every model has, none of them special in the usual vocabularies."""
 _LOOK_S = 0.5
 _PAUSE_S = 1.0
 """Between two runs: the last scrape of gauges must say that nothing runs."""
@@ -142,7 +140,7 @@ async def deployed(
         *(f"{k}={json.dumps(v)}" for k, v in ours.items()),
     ]
     argv = [sys.executable, "-m", "viisim", "deploy", str(file)]
-    argv += ["--journal", str(part.journal), "--state", str(part.folder / "state")]
+    argv += ["--journal", str(part.journal), "--state", str(_state(part))]
     argv += [word for change in changes for word in ("--set", change)]
     log = part.folder / "deploy.log"
     experiment = load_experiment(file, changes)
@@ -155,7 +153,7 @@ async def deployed(
             say(f"{experiment.name}: ready after {time.monotonic() - begun_s:.0f} s")
             yield served
     finally:
-        await _end(process)
+        await _end(process, part)
 
 
 async def _until_ready(
@@ -175,14 +173,22 @@ async def _until_ready(
         ) from None
 
 
-async def _end(process: WorkerProcess) -> None:
-    """The deployment ends its workers, which takes longer than a worker takes."""
+async def _end(process: WorkerProcess, part: Part) -> None:
+    """The deployment ends its workers, which takes longer than a worker takes; those that it
+    leaves behind, as it was killed or takes too long, are ended here."""
     if not process.has_ended:
         os.kill(process.pid, signal.SIGTERM)
-        with suppress(TimeoutError):  # what it leaves behind then, its next start ends
+        with suppress(TimeoutError):
             async with asyncio.timeout(_END_S):
                 await process.ended()
     await process.stop()
+    with Home(_state(part)) as state:
+        state.end_leftovers()
+
+
+def _state(part: Part) -> Path:
+    """The folder of the deployment's own."""
+    return part.folder / "state"
 
 
 # --------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ async def measure_run(
     await served.schedule_by(planned.policy)
     await asyncio.sleep(_PAUSE_S)
     # Contents of its own: no run finds another's prompts in a prefix cache.
-    client = LoadClient(served.url, vocabulary=VOCABULARY, salt=planned.name)
+    client = LoadClient(served.url, vocabulary=SMALL_VOCABULARY, salt=planned.name)
     begin_s, client_cpu_s, proxy_cpu_s = time.monotonic(), time.process_time(), served.cpu_s()
     records = await client.send(iter(requests))
     end_s, client_end_cpu_s = time.monotonic(), time.process_time()

@@ -72,7 +72,7 @@ async def running(
         if replica.entry.worker.kind == "vllm":
             gauge = None if cards else gauge_path(steps)  # without cards, the CPU computes
             for file in (steps, gauge_path(steps)):
-                _remove(file)
+                file.unlink(missing_ok=True)  # the recorder would add to it
             log = home.folder / f"{name}.log"
             command = recording_command(command_of(replica, cards, home.mark), steps, gauge)
             process = await WorkerProcess.start(command, log, home)
@@ -81,11 +81,6 @@ async def running(
             hint = f"look into {log}"
         await _until_healthy(worker, process, limit_s, hint)
         yield worker
-
-
-def _remove(file: Path) -> None:
-    """What an earlier run left there: the recorder would add to it."""
-    file.unlink(missing_ok=True)
 
 
 async def _until_healthy(

@@ -33,6 +33,11 @@ class Gauge:
         self._at_s = np.asarray(at_s, dtype=np.float64)
         self._sums_s = np.concatenate([[0.0], np.cumsum(cpu_s)])
 
+    @property
+    def end_s(self) -> float:
+        """When the last tick was."""
+        return float(self._at_s[-1])
+
     def cost_s(self, at_s: ArrayLike) -> Floats:
         """The work's mean CPU time in the span around each of these moments; where it holds no
         tick, that of the last one before, or of the first of all."""

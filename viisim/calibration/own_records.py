@@ -30,7 +30,15 @@ def is_requests(row: Mapping[str, Any]) -> bool:
 
 
 def read_steps(rows: Sequence[dict[str, Any]], path: Path, sha256: str) -> Measurement:
-    """The steps, in their order. Raises InputError for a missing column.
+    """The steps that had anything to compute, in their order. Raises InputError for a missing
+    column."""
+    steps = step_log(rows, path)
+    busy = (steps.decodes > 0) | (steps.prefill_tokens > 0)
+    return _measurement(path, sha256, "step records", steps=steps.part(busy))
+
+
+def step_log(rows: Sequence[Mapping[str, Any]], path: Path) -> StepLog:
+    """A step for each of the rows of the file. Raises InputError for a missing column.
 
     A step takes its execution, the host's work, and the short gap to the step before; where the
     row says how many times as long as usual that took (`slowdown`), it is taken out.
@@ -49,7 +57,7 @@ def read_steps(rows: Sequence[dict[str, Any]], path: Path, sha256: str) -> Measu
     gap_s = np.array([float(row.get("gap_s") or 0.0) for row in rows])
     slowdown = np.array([float(row.get("slowdown") or 1.0) for row in rows])
     host_s = column["host_s"] + np.where((gap_s > 0) & (gap_s < _MOST_GAP_S), gap_s, 0.0)
-    steps = StepLog(
+    return StepLog(
         duration_s=column["exec_s"] + host_s,
         decodes=column["decode_seqs"].astype(np.int64),
         context_tokens=column["decode_context_tokens"].astype(np.int64),
@@ -58,8 +66,6 @@ def read_steps(rows: Sequence[dict[str, Any]], path: Path, sha256: str) -> Measu
         prefill_pairs=column["prefill_pairs"].astype(np.int64),
         host_s=host_s,
     ).divided(slowdown)
-    busy = (steps.decodes > 0) | (steps.prefill_tokens > 0)
-    return _measurement(path, sha256, "step records", steps=steps.part(busy))
 
 
 def read_requests(rows: Sequence[dict[str, Any]], path: Path, sha256: str) -> Measurement:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from viisim.cli.terminal import plain_table, show, show_json
+from viisim.cli.terminal import plain_table, refuse, show, show_json
 from viisim.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from viisim.cli.calibrate_live import Live
 
 _COMMENT_WIDTH = 94
+_OF_FILES = {
+    "only",
+    "first",
+    "num_kv_blocks",
+    "block_tokens",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+}
+_OF_LIVE = {"steps", "as_deployed"}
+"""Parameters of one way to use the command."""
 
 
 def calibrate(
@@ -107,6 +118,10 @@ def calibrate(
         raise InputError(f"-o {out}: a profile is a .yaml file; give such a name")
     if (live is None) == (not files):
         raise InputError("calibrate: give files of measurements, or --live with an experiment")
+    if live is None:
+        refuse(context, _OF_LIVE, "only with --live")
+    else:
+        refuse(context, _OF_FILES, "not with --live, which uses all that it measures")
     given = {
         "num_kv_blocks": num_kv_blocks,
         "block_tokens": block_tokens,

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """Relative errors, on steps of traffic, of a fit that has not seen them."""
+    """Relative errors, on steps of traffic, of a fit that has not seen them. How steps follow the
+    machine, where that is gauged, is two numbers that all steps were asked for, these too."""
 
     steps: int
     step_time_mape: float
@@ -196,7 +197,7 @@ def _stated(options: Options, entry: ReplicaConfig, measured: Measured) -> Optio
         device=options.device or entry.device or entry.load_profile().device,
         model=options.model or entry.model,
         tensor_parallel=options.tensor_parallel or entry.tensor_parallel,
-        settings={**settings, **options.settings},
+        settings=settings,
     )
 
 

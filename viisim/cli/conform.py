@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from viisim.cli.folders import make_empty
 from viisim.cli.terminal import progress
 from viisim.errors import InputError
 
@@ -41,7 +42,7 @@ def conform(
 
     Shows the first difference of each scenario that is not equal; exit status 0 only if all are.
 
-    viisim conform ../shared/golden/dev ../shared/golden/async
+    viisim conform traces/dev traces/async
     viisim conform --record golden --python ~/vllm/bin/python
     """
     if record is not None:
@@ -81,7 +82,7 @@ def _record(paths: Sequence[Path], folder: Path, python: Path | None) -> None:
     if python is None:
         raise InputError("--record needs --python FILE: the interpreter that has vLLM")
     asked = _scenarios(paths)
-    _make_empty(folder)
+    make_empty(folder, "--record")  # what is compared is what has been recorded
     changed = 0
     with VllmProcess(python) as vllm, progress("recording") as note:
         typer.echo(f"vLLM {vllm.version}: {len(asked)} scenarios", err=True)
@@ -112,15 +113,3 @@ def _scenarios(paths: Sequence[Path]) -> list[Scenario]:
         if names.count(name) > 1:
             raise InputError(f"two traces are named {name!r}; record them into different folders")
     return found
-
-
-def _make_empty(folder: Path) -> None:
-    """A folder for new traces: what is compared is what has been recorded."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise InputError(f"--record {folder}: is not empty; name a new folder")
-    except OSError as error:
-        raise InputError(
-            f"--record {folder}: cannot be made ({error.strerror}); name another folder"
-        ) from error

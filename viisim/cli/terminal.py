@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from viisim.errors import InputError
 
 
 def show(*renderables: Any) -> None:
@@ -24,6 +26,19 @@ def show(*renderables: Any) -> None:
 def show_json(content: Any) -> None:
     """For programs: one JSON document on stdout."""
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def refuse(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Raise InputError if any of these parameters is in the command line: they would do nothing."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names
+        and (source := context.get_parameter_source(parameter.name)) is not None
+        and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise InputError(f"{', '.join(given)}: {why}")
 
 
 def plain_table(*headings: str) -> Table:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from viisim.cli.terminal import plain_table, show, show_json
+from viisim.cli.terminal import plain_table, refuse, show, show_json
 from viisim.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from viisim.calibration.validate import RunReport, Validation
 
 _UNITS = {"ttft_s": "TTFT", "itl_s": "ITL", "tpot_s": "TPOT", "e2e_s": "E2E", "step_s": "step"}
+_OF_LIVE = {"quick", "again", "out", "page"}
+_OF_FILES = {"files", "profile", "only", "skip", "plots"}
+"""Parameters of one way to use the command."""
 
 
 def validate(
+    context: typer.Context,
     files: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -85,10 +89,10 @@ def validate(
     says PASSED. A profile that was changed in the folder's profiles/ is judged with --again.
     """
     if live is not None:
-        if files or profile is not None:
-            raise InputError("--live measures by itself; give no other files and no --profile")
+        refuse(context, _OF_FILES, "not with --live, which measures by itself")
         _validate_live(live, out, page, quick, again, as_json)
         return
+    refuse(context, _OF_LIVE, "only with --live")
     if not files or profile is None:
         raise InputError("validate: give files of measurements and --profile, or --live FILE")
     from viisim.calibration.read import read_measurements

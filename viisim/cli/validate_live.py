@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from viisim.cli.folders import make_empty
 from viisim.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,16 +32,17 @@ FORMAT = 1
 
 def validated_live(file: Path, folder: Path, *, quick: bool, again: bool, say: Say) -> Report:
     """Measure what the file asks for into `folder`, and judge it; with `again`, judge what the
-    folder holds already. Raises InputError for a mistake in the file, a worker that does not
-    start, and a folder that holds something else."""
+    folder holds already, as quick as that was. Raises InputError for a mistake in the file, a
+    worker that does not start, and a folder that holds something else."""
     from viisim.validation.config import load_validation
     from viisim.validation.judge import judge
 
-    config = load_validation(file, quick=quick)
     if not again:
-        _measure(file, config, folder, quick, say)
+        _measure(file, load_validation(file, quick=quick), folder, quick, say)
+    about = _about(folder)
+    config = load_validation(file, quick=about["quick"])
     command = f"viisim validate --live {shlex.quote(file.as_posix())}"
-    return judge(_measured(config, folder), command + (" --quick" if quick else ""))
+    return judge(_measured(config, folder, about), command + (" --quick" if about["quick"] else ""))
 
 
 def write_page(report: Report, folder: Path, page: Path) -> None:
@@ -57,14 +59,10 @@ def write_page(report: Report, folder: Path, page: Path) -> None:
         ) from None
 
 
-def _measured(config: ValidationConfig, folder: Path) -> Measurements:
-    """What the folder holds."""
-    from viisim.config import load_experiment
-    from viisim.validation.judge import Measurements
-    from viisim.validation.measured import Part
-
+def _about(folder: Path) -> dict[str, Any]:
+    """What was measured into the folder."""
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / ABOUT}: {error}; measure first, without --again") from None
     if about.get("format") != FORMAT:
@@ -72,6 +70,15 @@ def _measured(config: ValidationConfig, folder: Path) -> Measurements:
             f"{folder / ABOUT}: format: another version of viisim measured this; measure again, "
             "into another folder"
         )
+    return about
+
+
+def _measured(config: ValidationConfig, folder: Path, about: dict[str, Any]) -> Measurements:
+    """What the folder holds."""
+    from viisim.config import load_experiment
+    from viisim.validation.judge import Measurements
+    from viisim.validation.measured import Part
+
     workers = Workers(config, folder / "profiles")
     experiments = {
         name: load_experiment(part.file, workers.overrides(part))
@@ -160,12 +167,8 @@ def _measure(file: Path, config: ValidationConfig, folder: Path, quick: bool, sa
     from viisim.validation.measure import measure_accuracy, measure_ranking
     from viisim.validation.measured import Part
 
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(
-            f"--out {folder}: holds something already; give another folder, or --again to judge "
-            "what was measured there"
-        )
     workers, clock = Workers(config, folder / "profiles"), Clock()
+    make_empty(folder, "--out", ", or give --again to judge what was measured there")
     for experiment, replicas in workers.calibrations():
         profiles = {label: workers.profile(label) for label in replicas}
         with clock.timing(f"calibrating {' and '.join(replicas)}"):

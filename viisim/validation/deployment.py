@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +12,7 @@ import numpy as np
 from viisim.calibration.fit import fit_steps
 from viisim.calibration.gauge import SPAN_S, Gauge, Response, read_gauge
 from viisim.calibration.measurements import StepLog
-from viisim.calibration.own_records import read_steps
+from viisim.calibration.own_records import step_log
 from viisim.calibration.validate import predicted_s
 from viisim.config import Experiment, ReplicaConfig, SimulatedReplica
 from viisim.errors import InputError
@@ -24,6 +23,7 @@ from viisim.validation.measured import (
     MeasuredRun,
     Part,
     Row,
+    calibration_summary,
     measured_answers,
 )
 from viisim.validation.predict import Speed, Speeds, requests_at, simulated, stretched
@@ -134,12 +134,18 @@ class Deployment:
         found = {}
         for replica, entry in self.workers:
             gauge = read_gauge(self.part.gauge_file(replica.id))
-            summary = Path(entry.profile_name).with_suffix("") / "summary.json"
-            if gauge is not None and summary.exists():
-                response = json.loads(summary.read_text(encoding="utf-8"))["response"]
-                if response is not None:
+            if gauge is not None:
+                calibration = calibration_summary(Path(entry.profile_name).with_suffix(""))
+                if (response := calibration["response"]) is not None:
                     found[replica.id] = gauge, Response(**response)
         return found
+
+    def is_gauged(self, replica_id: str) -> bool:
+        """Whether the machine was, in all runs."""
+        if replica_id not in self._gauges:
+            return False
+        gauge, _ = self._gauges[replica_id]
+        return gauge.end_s >= max(run.end_s for run in self.runs) - SPAN_S
 
     # ----------------------------------------------------------------------------------
     # Steps
@@ -182,10 +188,11 @@ class Deployment:
     ) -> Iterator[tuple[SimulatedReplica, Floats, StepLog]]:
         """The workers that computed anything in the runs: when their steps began, and the steps."""
         for replica, _ in self.workers:
+            file = self.part.steps_file(replica.id)
             rows = self.part.steps(replica.id, runs)
             rows = [row for row in rows if row["decode_seqs"] or row["prefill_tokens"]]
             if rows:
-                yield replica, np.array([row["start_s"] for row in rows]), _log(rows)
+                yield replica, np.array([row["start_s"] for row in rows]), step_log(rows, file)
 
 
 def _is(request: Request, sent: Row | None) -> bool:
@@ -194,9 +201,3 @@ def _is(request: Request, sent: Row | None) -> bool:
         return False
     lengths = request.view.prompt_tokens, request.output_tokens
     return bool(sent["error"]) or (sent["prompt_tokens"], sent["output_tokens"]) == lengths
-
-
-def _log(rows: Sequence[Row]) -> StepLog:
-    log = read_steps(rows, Path(), "").steps
-    assert log is not None, "it was read from steps"
-    return log

@@ -6,7 +6,6 @@ same measurements judged again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +37,12 @@ from viisim.validation.config import (
 from viisim.validation.deployment import Deployment
 from viisim.validation.figures import draw
 from viisim.validation.limits import FULL, QUICK
-from viisim.validation.measured import CAPACITY, MeasuredRun, work_columns
+from viisim.validation.measured import (
+    CAPACITY,
+    MeasuredRun,
+    calibration_summary,
+    work_columns,
+)
 from viisim.validation.parity import parity_of
 from viisim.validation.predict import (
     AS_CALIBRATED,
@@ -240,6 +244,8 @@ def _setup(measured: Measurements, deployments: Mapping[str, Deployment]) -> Set
             profile=Path(entry.profile_name).name,
             cores=entry.device or replica.profile.device,
             held_out_error=replica.profile.held_out_error or {},
+            on_cpu=entry.worker.cards == (),
+            gauged=deployment.is_gauged(replica.id),
         )
         for name, deployment in deployments.items()
         for replica, entry in deployment.workers
@@ -257,7 +263,7 @@ def _setup(measured: Measurements, deployments: Mapping[str, Deployment]) -> Set
 def _calibration(measured: Measurements) -> Iterator[Stated]:
     """Of each kind of worker."""
     for label in measured.about["weights"]:
-        summary = json.loads((measured.folder / "profiles" / label / "summary.json").read_text())
+        summary = calibration_summary(measured.folder / "profiles" / label)
         floor, unseen = summary["noise_floor"], summary["unseen_traffic"]
         shares = {f"one list twice, mean {name.upper()}": value for name, value in floor.items()}
         shares |= {

@@ -11,6 +11,7 @@ from runtime.live.validation import Say, Served, deployed, measure_run
 from runtime.processes import Home
 from viisim.capacity import work_rate_per_s
 from viisim.config import Experiment, load_experiment
+from viisim.errors import InputError
 from viisim.validation.config import AccuracyConfig, RankingConfig
 from viisim.validation.measured import (
     CAPACITY,
@@ -108,7 +109,8 @@ class _Workers:
         self.say = say
 
     async def warm_up(self) -> None:
-        """Fill every place once. A server's very first requests take seconds, so a few go ahead."""
+        """Fill every place once. A server's very first requests take seconds, so a few go ahead.
+        Raises InputError when one fails."""
         everybody, seed = users_of(self.experiment), self.experiment.seeds[-1] + 1
         few = 2 * len(self.experiment.numbered_replicas())
         for number, users in enumerate((few, everybody)):
@@ -116,6 +118,16 @@ class _Workers:
             run = PlannedRun(name, WARM_UP, policy, seed + number, 0.0, 0.0)
             requests = closed_loop(self.experiment, users, users, run.seed)
             await measure_run(self._served, self.part, run, requests)
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        """Raises InputError for a request of the run that failed: all would."""
+        errors = [row["error"] for row in self.part.requests(name) if row["error"]]
+        if errors:
+            raise InputError(
+                f"{self.part.requests_file(name)}: {len(errors)} requests failed ({errors[0]}); "
+                f"look into {self.part.folder / 'deploy.log'}"
+            )
 
     async def measure(self, planned: PlannedRun, requests: Sequence[Request]) -> MeasuredRun:
         """Send the requests, and wait for all answers."""

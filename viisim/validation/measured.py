@@ -117,9 +117,21 @@ def rows_of(file: Path) -> list[Row]:
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file}: nothing was measured there ({error}); measure it again"
-        ) from None
+        raise _not_measured(file, error) from None
+
+
+def _not_measured(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file}: nothing was measured there ({error}); measure it again")
+
+
+def calibration_summary(folder: Path) -> Row:
+    """What a calibration left beside its measurements. Raises InputError where there is none."""
+    file = folder / "summary.json"
+    try:
+        summary: Row = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _not_measured(file, error) from None
+    return summary
 
 
 def measured_answers(part: Part, run: MeasuredRun, replicas: Sequence[str]) -> Answers:

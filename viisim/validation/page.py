@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from viisim.premise import table
-from viisim.report import number
+from viisim.report import markdown_table, number
 from viisim.validation.accuracy import METRICS, WHOLE, Accuracy
 from viisim.validation.answers import LATENCIES
 from viisim.validation.bootstrap import Interval
@@ -53,19 +52,22 @@ def page(report: Report, pictures: str) -> Iterator[str]:
     yield _check_table(report.checks)
     yield "## Where it is from"
     yield f"    {report.command}"
-    yield table(["numbers", "file"], [[what, f"`{file}`"] for what, file in report.files.items()])
+    yield markdown_table(
+        ["numbers", "file"], [[what, f"`{file}`"] for what, file in report.files.items()]
+    )
 
 
 _HOW_TO_READ = """\
 - Errors are signed: predicted over measured, less one. Of counts and shares they are differences.
 - Measured figures are means over repetitions of one list of requests. Beside an error stands the
-  workers' own difference: the mean size of that between two repetitions. The mean of three has an
-  error of its own, so that even a perfect simulator would seem off by about 0.4 of that difference:
-  an error smaller than this is luck.
+  workers' own difference: the mean size of that between two repetitions. Their mean has an error of
+  its own, so that even a perfect simulator would seem off by about 0.4 of that difference where
+  there are three, 0.5 where there are two: an error smaller than this is luck.
 - A limit of a mean latency is what the checks state, or twice the workers' own difference where
-  that is more, up to 15%, which is lenient. Near the capacity latency moves more than load, so
-  there the load at which the simulator has the measured E2E counts as well. Beyond it, queues grow
-  for as long as the run lasts: latency is reported and not judged.
+  that is more, up to 15%, which is lenient; the headline says how many checks hold only by that.
+  Near the capacity latency moves more than load, so there the load at which the simulator has the
+  measured E2E counts as well. Beyond it, queues grow for as long as the run lasts: latency is
+  reported and not judged.
 - Below the capacity throughput follows the arrivals, and an error of it says little; above, it is
   what the workers can do.
 - A simulation takes its steps' times from the profile and the machine's gauge. The policies in it
@@ -89,7 +91,11 @@ def headline(report: Report) -> str:
     bad = [check for check in checks if not check.passed]
     reasons = [f"{len(bad)} of {len(checks)} checks do not hold: {_listed(bad)}"] if bad else []
     if not bad:
-        reasons = [f"all {len(checks)} checks hold ({report.limits.source} limits)"]
+        lenient = sum(check.lenient for check in checks) or "none"
+        reasons = [
+            f"all {len(checks)} checks hold ({report.limits.source} limits; {lenient} of them only "
+            "by leniency for noise)"
+        ]
     if report.missing:
         reasons.append(f"not measured: {', '.join(report.missing)}")
     if report.ranking is not None:
@@ -120,7 +126,7 @@ def _ranking_words(verdict: Verdict) -> str:
 
 
 def _check_table(checks: Sequence[Check]) -> str:
-    return table(
+    return markdown_table(
         ["part", "what", "off by", "limit", "why that", ""],
         [
             [
@@ -158,10 +164,10 @@ def _what_ran(report: Report) -> Iterator[str]:
         for worker in setup.workers
     ]
     headings = ["worker", "profile", "cores", *(f"held out: {name}" for name in errors)]
-    yield table(headings, rows)
+    yield markdown_table(headings, rows)
     if report.calibration:
         yield "Calibration found:"
-        yield table(
+        yield markdown_table(
             ["figure", "value"],
             [[one.what, f"{number(one.value)} {one.unit}".strip()] for one in report.calibration],
         )
@@ -202,13 +208,14 @@ def _accuracy(report: Report) -> Iterator[str]:
             row = one.row(key, statistic)
             cells.append(f"{_percent(row.error)} ({_size(row.noise)})" if row else "–")
         rows.append([*cells, _percent(one.load_error)])
-    yield table(["load", "requests/s", "requests", *labels, "load at equal E2E"], rows)
-    yield _SPEED
+    yield markdown_table(["load", "requests/s", "requests", *labels, "load at equal E2E"], rows)
+    if any(worker.gauged for worker in report.setup.workers):
+        yield _SPEED
     speeds = {
         "as calibrated": [one.as_calibrated for one in report.loads],
         "their own speed": [one.at_own_speed for one in report.loads],
     }
-    yield table(
+    yield markdown_table(
         [
             "load",
             *(f"mean {METRICS[key].label}, {speed}" for speed in speeds for key in LATENCIES),
@@ -232,7 +239,7 @@ def _row_table(accuracy: Accuracy) -> str:
         error, noise = _difference(metric.unit, row.error), _difference(metric.unit, row.noise)
         unit = f", {metric.unit}" if metric.unit == "tokens/s" else ""
         rows.append([metric.label + which + unit, *amounts, error, noise.removeprefix("+")])
-    return table(["", "measured", "predicted", "error", "workers' own difference"], rows)
+    return markdown_table(["", "measured", "predicted", "error", "workers' own difference"], rows)
 
 
 def _rankings(report: Report) -> Iterator[str]:
@@ -255,7 +262,7 @@ def _rankings(report: Report) -> Iterator[str]:
 
 
 def _policy_table(ranking: Ranking) -> str:
-    return table(
+    return markdown_table(
         [
             "policy",
             "measured",
@@ -283,7 +290,7 @@ def _policy_table(ranking: Ranking) -> str:
 
 
 def _pair_table(pairs: Sequence[Pair]) -> str:
-    return table(
+    return markdown_table(
         ["pair", "second over first, less one", "95% interval", "simulated", "ranked"],
         [
             [
@@ -320,7 +327,7 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
             for one in report.capacities
         ]
         headings = ["", "measured", "each time", "predicted", "error"]
-        yield table([*headings, "as calibrated", "their own speed"], rows)
+        yield markdown_table([*headings, "as calibrated", "their own speed"], rows)
     if report.steps:
         yield "## Step times"
         rows = [
@@ -348,14 +355,14 @@ def _capacities_and_steps(report: Report) -> Iterator[str]:
             "measured, by run",
             "between the two",
         ]
-        yield table(headings, rows)
+        yield markdown_table(headings, rows)
     if any(one.beside for one in report.steps):
         yield "Measured over calibrated, while the other workers of the machine are:"
         rows = [
             [one.worker, *(f"{one.beside[do]:.2f}" if do in one.beside else "–" for do in BESIDE)]
             for one in report.steps
         ]
-        yield table(["worker", *BESIDE], rows)
+        yield markdown_table(["worker", *BESIDE], rows)
     if report.step_drift is not None:
         yield (
             "How slow steps are beside others of as many sequences, in means over ten seconds, "
@@ -395,11 +402,11 @@ def _conditions(report: Report) -> Iterator[str]:
             f"{CPU_SHARE:.0%} that are allowed them."
         )
         rows = [[name, f"{one.client:.1%}", f"{one.proxy:.1%}"] for name, one in cpu.items()]
-        yield table(["runs", "client", "proxy"], rows)
+        yield markdown_table(["runs", "client", "proxy"], rows)
     if report.wall_s:
         yield "## How long it took"
         rows = [[part, f"{wall_s / 60:.1f}"] for part, wall_s in report.wall_s.items()]
-        yield table(
+        yield markdown_table(
             ["part", "minutes"], [*rows, ["all", f"{sum(report.wall_s.values()) / 60:.1f}"]]
         )
 

@@ -45,6 +45,10 @@ class Worker:
     cores: str
     held_out_error: Mapping[str, float]
     """Of the fit, as the profile states it."""
+    on_cpu: bool = False
+    """It computes on the machine's own CPU, whose speed changes, and so is to be gauged."""
+    gauged: bool = False
+    """How fast the machine was beside it is known for all runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,7 @@ class Report:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Parts, or the ends of parts, that are asked for and nobody measured."""
+        """What is asked for and nobody measured: parts, ends of parts, and speeds."""
         limits = self.limits
         steps_judged = limits.step_mape is not None or limits.step_total is not None
         parts = {
@@ -125,8 +129,15 @@ class Report:
             "ranking": not limits.judge_ranking or self.rankings,
             "parity": self.parity is not None and self.parity.events,
         }
-        ends = tuple(f"the end of {part}" for part in self.cut_off)
-        return tuple(part for part, there in parts.items() if not there) + ends
+        return (
+            *(part for part, there in parts.items() if not there),
+            *(f"the end of {part}" for part in self.cut_off),
+            *(
+                f"the machine's speed beside {worker.id}"
+                for worker in self.setup.workers
+                if worker.on_cpu and not worker.gauged
+            ),
+        )
 
     @property
     def failed(self) -> tuple[str, ...]:
