@@ -294,7 +294,8 @@ def _twin(studies: dict[str, Study]) -> list[str]:
         "What it costs: requests that can no longer meet their objective wait behind those that can, "
         "so `twin` has the longest p99 TTFT of the policies that serve all (tables below). Its "
         "constants were chosen on other seeds of the same families of workloads. Gains in the last "
-        "column are over `viiwork`.",
+        "column are over `viiwork`. All of this is simulated; what `twin` gained on two real workers "
+        "beside other routers is in [field.md](field.md), and it is less.",
     ]
 
 
