@@ -42,6 +42,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -613,7 +614,8 @@ class Field:
                 client_cpu=(time.process_time() - client_s) / available_s,
             )
         lines = "".join(f"{record.line()}\n" for record in records)
-        (self.home.folder / f"{system}.{seed}.jsonl".replace(":", ".")).write_text(lines)
+        name = re.sub(r"[:/]", ".", f"{system}.{seed}.jsonl")
+        (self.home.folder / name).write_text(lines)
         print(
             f"{system}, seed {seed}: goodput {found.goodput_per_s:.3g}/s, {found.failed} failed"
             + next((f" ({record.error})" for record in records if record.error), ""),
