@@ -115,6 +115,11 @@ class WorkerConfig(Strict):
         usual = GROUP_START_LIMIT_S if devices > 1 else START_LIMIT_S
         return self.start_limit_s or usual
 
+    @property
+    def without_cards(self) -> bool:
+        """Whether the CPU of the machine computes, as the entry says."""
+        return self.cards == ()
+
     @field_validator("cards")
     @classmethod
     def _cards_are_distinct(cls, cards: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -50,10 +50,8 @@ def recording(file: Path, part: Part, overrides: Sequence[str]) -> list[str]:
     for index, entry in enumerate(load_experiment(file, overrides).cluster.replicas):
         key = f"cluster.replicas.{index}.worker"
         args = [*entry.worker.args, "--scheduler-cls", SCHEDULER_CLS]
-        on_cpu = entry.worker.cards == ()
-        environment = recording_environment(
-            part.steps_file("{replica}"), part.gauge_file("{replica}") if on_cpu else None
-        )
+        gauge = part.gauge_file("{replica}") if entry.worker.without_cards else None
+        environment = recording_environment(part.steps_file("{replica}"), gauge)
         changes.append(f"{key}.args={json.dumps(args)}")
         changes.append(f"{key}.env={json.dumps({**environment, **entry.worker.env})}")
     return changes

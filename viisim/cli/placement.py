@@ -87,7 +87,7 @@ def _memory(entry: ReplicaConfig, settings: EngineSettings) -> tuple[MemoryUse |
     from viisim.memory import DEFAULTS, memory_use
 
     try:
-        if entry.device is None or entry.worker.cards == ():
+        if entry.device is None or entry.worker.without_cards:
             return None, "no cards to count for; blocks are the profile's"
         model, stored = _model(entry.model)
         counted = replace(

@@ -244,7 +244,7 @@ def _setup(measured: Measurements, deployments: Mapping[str, Deployment]) -> Set
             profile=Path(entry.profile_name).name,
             cores=entry.device or replica.profile.device,
             held_out_error=replica.profile.held_out_error or {},
-            on_cpu=entry.worker.cards == (),
+            on_cpu=entry.worker.without_cards,
             gauged=deployment.is_gauged(replica.id),
         )
         for name, deployment in deployments.items()
