@@ -194,7 +194,7 @@ class TestWorkers:
 
     def test_the_shipped_validation_has_one_kind_a_model(self, tmp_path: Path) -> None:
         shipped = load_validation(ROOT / "experiments/validation/vllm_cpu.yaml")
-        assert Workers(shipped, tmp_path / "profiles").labels == ["m", "m14"]
+        assert Workers(shipped, tmp_path / "profiles").labels == ["m", "m3"]
 
     def test_those_of_one_deployment_are_calibrated_at_once(self, tmp_path: Path) -> None:
         (entry,) = experiment()["cluster"]["replicas"]
