@@ -308,6 +308,11 @@ class TestOtherKinds:
         # Steps end at 0.1, ..., 1.1, then at 1.4, 1.7; the last one begun slow takes 0.3 s.
         assert took_s(result) == pytest.approx(11 * 0.1 + 2 * 0.3 + 7 * 0.1, abs=1e-3)
 
+    def test_slow_may_bring_step_times_of_its_own(self):
+        slow = Fault(1.05, "slow", "r0", step_time=step_time(3.0))
+        result, _ = played([slow], [asked(0.0001, tokens=20)])
+        assert took_s(result) == pytest.approx(11 * 0.1 + 9 * 0.3, abs=1e-3)
+
     def test_a_delay_is_felt_before_the_first_token(self):
         delay = Fault(1.0, "network_delay", "r0", duration_s=10.0, delay_s=0.5)
         result, _ = played([delay], [asked(2.0)])

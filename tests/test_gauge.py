@@ -75,6 +75,22 @@ def test_a_mean_gives_every_span_the_same_weight() -> None:
     assert Gauge(at_s, [1.0, 1.0, 1.0, 2.0]).mean_s(0.0, 4.0) == 1.5
 
 
+def test_where_it_did_not_halt_a_machine_moves_all_the_time() -> None:
+    gauge = Gauge([0.0], [1.0], [(5.0, 2.0)])
+    assert gauge.moving(np.array([0.0, 7.0]), np.array([5.0, 9.0])).tolist() == [1.0, 1.0]
+
+
+def test_a_halt_takes_of_each_time_what_falls_into_it() -> None:
+    gauge = Gauge([0.0], [1.0], [(1.0, 1.0), (3.0, 0.5)])
+    moving = gauge.moving(np.array([0.0, 1.5, 0.0]), np.array([4.0, 2.5, 1.25]))
+    assert moving.tolist() == pytest.approx([1 - 1.5 / 4, 0.5, 0.8])
+
+
+def test_even_while_it_halts_a_machine_moves_a_little() -> None:
+    moving = Gauge([0.0], [1.0], [(1.0, 3.0)]).moving(np.array([1.0]), np.array([2.0]))
+    assert 0 < moving[0] < 0.1
+
+
 def test_no_file_and_an_empty_one_gauge_nothing(tmp_path: Path) -> None:
     file = tmp_path / "r0.gauge.jsonl"
     assert read_gauge(file) is None
@@ -88,6 +104,15 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     gauge = read_gauge(file)
     assert gauge is not None
     assert gauge.cost_s([2.0]).tolist() == [0.5]
+
+
+def test_halts_are_told_from_ticks(tmp_path: Path) -> None:
+    file = tmp_path / "r0.gauge.jsonl"
+    file.write_text("""{"at_s": 1.0, "cpu_s": 0.5}\n{"at_s": 2.0, "halted_s": 3.0}\n""")
+    gauge = read_gauge(file)
+    assert gauge is not None
+    assert gauge.cost_s([2.0]).tolist() == [0.5]
+    assert gauge.moving(np.array([1.0]), np.array([7.0])).tolist() == [0.5]
 
 
 def test_another_file_is_an_error(tmp_path: Path) -> None:
@@ -134,6 +159,20 @@ def test_the_powers_by_which_steps_follow_the_machine_are_found(
 def test_on_a_steady_machine_steps_are_taken_to_follow_it() -> None:
     response, _ = fit_response(*recorded(1.0, 1.0, 0.001), 0.002)
     assert (response.decode, response.prefill) == pytest.approx((1.0, 1.0), abs=0.1)
+
+
+def test_halts_do_not_change_how_steps_follow_the_machine() -> None:
+    log, start_s, steady = recorded(0.7, 1.5, 0.2)
+    expected, slowdown = fit_response(log, start_s, steady, 0.002)
+    hit = np.arange(len(log)) % 50 == 7
+    halted = log.divided(np.where(hit, log.duration_s / (log.duration_s + 0.03), 1.0))
+    halts_s = [(begin_s + 0.001, 0.03) for begin_s in start_s[hit]]
+    gauge = Gauge(start_s, steady.cost_s(start_s), halts_s)
+    response, whole = fit_response(halted, start_s, gauge, 0.002)
+    assert response.decode == pytest.approx(expected.decode, abs=0.03)
+    assert response.prefill == pytest.approx(expected.prefill, abs=0.03)
+    usual = halted.divided(whole).duration_s
+    assert usual == pytest.approx(log.divided(slowdown).duration_s, rel=0.02)
 
 
 def test_a_step_beside_a_slow_machine_is_read_as_on_the_usual_one() -> None:

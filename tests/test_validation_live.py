@@ -275,14 +275,15 @@ class TestRequests:
 
     def test_slower_workers_have_a_smaller_capacity(self) -> None:
         whole = closed_loop_per_s(self.CHANGED, 200, 1)
-        half = closed_loop_per_s(self.CHANGED, 200, 1, {"r0": Speed([2.0]), "r1": Speed([2.0])})
+        slow = {name: Speed([2.0], [2.0]) for name in ("r0", "r1")}
+        half = closed_loop_per_s(self.CHANGED, 200, 1, slow)
         assert half == pytest.approx(whole / 2, rel=0.01)
 
     def test_a_speed_lasts_two_seconds_and_the_last_one_goes_on(self) -> None:
         requests = requests_at(self.CHANGED, 2.0, 20.0, seed=3)
 
         def e2e_s(*factors: float) -> Any:
-            speeds = {name: Speed(factors) for name in ("r0", "r1")}
+            speeds = {name: Speed(factors, factors) for name in ("r0", "r1")}
             columns = simulated(self.CHANGED, requests, 3, speeds).requests
             return (columns["finished_ns"] - columns["arrived_ns"]) / 1e9
 
@@ -292,12 +293,10 @@ class TestRequests:
         assert changed[arrived_s > 4.0] == pytest.approx(e2e_s(2.0)[arrived_s > 4.0])
 
     def test_a_longer_run_has_its_speeds_for_longer(self) -> None:
-        assert stretched({"r0": Speed([1.0, 2.0])}, 1.5) == {"r0": Speed([1.0, 1.0, 2.0])}
+        before, after = Speed([1.0, 2.0], [3.0, 4.0]), Speed([1.0, 1.0, 2.0], [3.0, 3.0, 4.0])
+        assert stretched({"r0": before}, 1.5) == {"r0": after}
 
-    def test_decode_and_prefill_follow_the_machine_by_powers_of_their_own(self) -> None:
-        whole = closed_loop_per_s(self.CHANGED, 200, 1)
-        both = {name: Speed([4.0], 0.5, 0.5) for name in ("r0", "r1")}
-        assert closed_loop_per_s(self.CHANGED, 200, 1, both) == pytest.approx(whole / 2, rel=0.01)
+    def test_decode_and_prefill_are_slow_each_by_its_own(self) -> None:
         times = self.CHANGED.simulated_replicas()[0].profile.step_time
         slow = slowed(times, 2.0, 3.0)
         assert slow.decode[0].base_s == 2 * times.decode[0].base_s
@@ -425,6 +424,24 @@ class TestAgainstStubs:
     def test_the_machine_is_gauged_beside_each_worker_in_every_run(self, live: Any) -> None:
         assert all(one["gauge_error"] < 0.02 for one in live[1]["steps"])
         assert all(factor != 1 for one in live[1]["steps"] for factor in one["gauged_by_run"])
+
+    def test_halts_of_the_machine_slow_the_predicted_run_down(
+        self, live: Any, tmp_path: Path
+    ) -> None:
+        out, file = tmp_path / "out", live[0] / "validation.yaml"
+        shutil.copytree(live[0] / "out", out)
+        for gauge in sorted(out.glob("accuracy/steps/*.gauge.jsonl")):
+            ticks = rows_of(gauge)
+            first_s, last_s = ticks[0]["at_s"], ticks[-1]["at_s"]
+            halts_s = np.arange(first_s - 1, last_s + 1, 0.002).tolist()
+            halts = [{"at_s": at_s, "halted_s": 0.001} for at_s in halts_s]
+            gauge.write_text("".join(json.dumps(row) + "\n" for row in [*ticks, *halts]))
+        viisim("validate", "--live", file, "--out", out, "--again")
+        again = json.loads((out / "report.json").read_text())
+        workers = [one for one in again["setup"]["workers"] if one["id"].startswith("accuracy")]
+        assert [one["halted"] for one in workers] == pytest.approx([0.5, 0.5], abs=0.01)
+        before, after = (one["capacities"][0]["predicted"] for one in (live[1], again))
+        assert after < 0.95 * before  # what is not engine steps takes as long as before
 
     def test_the_steps_of_the_calibration_say_how_slow_the_machine_was(self, live: Any) -> None:
         profile = live[0] / "out/profiles/tiny"

@@ -173,6 +173,8 @@ class FaultPlayer:
                 if fault.until_s > noticed_s + KILL_S:
                     number = self._call_at(_ns(noticed_s + KILL_S), self._give_up)
                     self._notices[number] = fault
+            case "slow" if fault.step_time is not None:
+                replica.change_step_time(fault.step_time, now_ns)
             case "slow":
                 self._slow_down(fault, replica, fault.factor)
             case "thermal":

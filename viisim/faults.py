@@ -19,6 +19,7 @@ from numpy.random import Generator
 from pydantic import Field, model_validator
 
 from viisim.documents import Strict, inside
+from viisim.engine.step_time import StepTime
 from viisim.power import Cooling, PowerDraw, ThermalState, mean_power_w
 from viisim.profile import Count, Positive
 from viisim.streams import Streams
@@ -62,7 +63,9 @@ class Fault:
     duration_s: float = 0.0
     """Until all is well again; of a crash, until the worker serves again."""
     factor: float = 1.0
-    """slow: a step takes so many times as long."""
+    """slow: a step takes so many times as long..."""
+    step_time: StepTime | None = None
+    """...or this; in simulations only."""
     delay_s: float = 0.0
     """network_delay: a request reaches the worker so much later."""
     failed_starts: int = 0

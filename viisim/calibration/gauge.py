@@ -3,13 +3,13 @@ and what that does to their steps.
 
 A machine that is slow does not slow all work down alike: what waits for memory suffers less than
 what computes. So decode and prefill each take some power of what the gauge's work takes, and which
-one, the steps of a calibration show.
+one, the steps of a calibration show. While a machine halts, though, nothing goes on.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,25 @@ from viisim.errors import InputError
 
 SPAN_S = 2.0
 """Twenty ticks of the gauge, whose mean says how fast the machine is."""
+_LEAST_MOVING = 0.05
+"""Of any time: what halts for longer is as good as halted."""
 
 
 class Gauge:
-    """What a small work, always the same, took of the CPU at some moments."""
+    """What a small work, always the same, took of the CPU at some moments; and when the machine
+    halted."""
 
-    def __init__(self, at_s: ArrayLike, cpu_s: ArrayLike) -> None:
-        """At least one tick, in order of time; `at_s` on the machine's monotonic clock."""
+    def __init__(
+        self, at_s: ArrayLike, cpu_s: ArrayLike, halts_s: Sequence[tuple[float, float]] = ()
+    ) -> None:
+        """At least one tick, in order of time, and each halt with its beginning and its length;
+        moments on the machine's monotonic clock."""
         self._at_s = np.asarray(at_s, dtype=np.float64)
         self._sums_s = np.concatenate([[0.0], np.cumsum(cpu_s)])
+        begin_s, length_s = np.array(halts_s, dtype=np.float64).reshape(-1, 2).T
+        self._edges_s = np.column_stack([begin_s, begin_s + length_s]).ravel()
+        self._halted_s = np.cumsum(np.column_stack([np.zeros_like(length_s), length_s]))
+        """At each of these edges, all that the machine has halted until then."""
 
     @property
     def end_s(self) -> float:
@@ -50,17 +60,31 @@ class Gauge:
         mean_s: Floats = (self._sums_s[end] - self._sums_s[first]) / (end - first)
         return mean_s
 
+    def moving(self, begin_s: Floats, end_s: Floats) -> Floats:
+        """The share of the time from one moment to a later one in which the machine did not halt;
+        never quite 0."""
+        if not self._edges_s.size:
+            return np.ones_like(begin_s)
+        until_begin_s, until_end_s = (
+            np.interp(moment_s, self._edges_s, self._halted_s) for moment_s in (begin_s, end_s)
+        )
+        halted = (until_end_s - until_begin_s) / (end_s - begin_s)
+        return np.asarray(np.maximum(1 - halted, _LEAST_MOVING))
+
     def mean_s(self, begin_s: float, end_s: float) -> float:
-        """The mean from one moment to another."""
+        """The mean cost from one moment to another."""
         middles_s = np.arange(begin_s + SPAN_S / 2, max(end_s, begin_s + SPAN_S), SPAN_S)
         return float(self.cost_s(middles_s).mean())
 
 
 def read_gauge(file: Path) -> Gauge | None:
-    """The ticks in the file; None where there are none. Raises InputError for another file."""
+    """What the file says; None where it has no tick. Raises InputError for another file."""
     try:
-        ticks = list(_ticks(file.read_text(encoding="utf-8")))
-        return Gauge([t["at_s"] for t in ticks], [t["cpu_s"] for t in ticks]) if ticks else None
+        lines = list(_lines(file.read_text(encoding="utf-8")))
+        halts_s = [(line["at_s"], line["halted_s"]) for line in lines if "halted_s" in line]
+        ticks = [line for line in lines if "halted_s" not in line]
+        at_s, cpu_s = ([tick[name] for tick in ticks] for name in ("at_s", "cpu_s"))
+        return Gauge(at_s, cpu_s, halts_s) if ticks else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -69,7 +93,7 @@ def read_gauge(file: Path) -> Gauge | None:
         ) from None
 
 
-def _ticks(text: str) -> Iterator[dict[str, Any]]:
+def _lines(text: str) -> Iterator[dict[str, Any]]:
     """All whole lines: one that is being written has no end yet."""
     for line in text.splitlines(keepends=True):
         if line.endswith("\n"):
@@ -90,12 +114,15 @@ class Response:
     prefill: float = 1.0
     """Where that work takes g times as long, these take g to this power times as long."""
 
-    def slowdown(self, cost_s: Floats, decode_s: Floats, prefill_s: Floats) -> Floats:
-        """How many times as long as usual each step takes where the work takes `cost_s`, given
-        what its decode and its prefill usually take."""
+    def slowdowns(self, cost_s: Floats) -> tuple[Floats, Floats]:
+        """How many times as long as usual decode and prefill take where the work takes `cost_s`."""
         machine = cost_s / self.work_s
-        slow_s = machine**self.decode * decode_s + machine**self.prefill * prefill_s
-        return slow_s / (decode_s + prefill_s)
+        return machine**self.decode, machine**self.prefill
+
+    def slowdown(self, cost_s: Floats, decode_s: Floats, prefill_s: Floats) -> Floats:
+        """The same of whole steps, given what the decode and the prefill of each usually take."""
+        decode, prefill = self.slowdowns(cost_s)
+        return (decode * decode_s + prefill * prefill_s) / (decode_s + prefill_s)
 
 
 _ROUNDS = 2
@@ -111,9 +138,11 @@ changes its speed."""
 def fit_response(
     log: StepLog, start_s: Floats, gauge: Gauge, work_s: float
 ) -> tuple[Response, Floats]:
-    """The response of steps that began then, and how many times as long as usual each takes by it.
-    Usually the gauge's work takes `work_s`."""
+    """The response of steps that began then, and how many times as long as usual each took by it,
+    halts included. Usually the gauge's work takes `work_s`."""
+    halts = 1 / gauge.moving(start_s, start_s + log.duration_s)
     cost_s = gauge.cost_s(start_s + log.duration_s / 2)
+    log = log.divided(halts)
     machine, prefills = cost_s / work_s, log.prefill_tokens > 0
     response, slowdown = Response(work_s), machine
     for _ in range(_ROUNDS):
@@ -125,7 +154,7 @@ def fit_response(
         prefill = _power(start_s, left_s, usual_prefill_s, machine, prefills)
         response = Response(work_s, decode, prefill)
         slowdown = response.slowdown(cost_s, usual_decode_s, usual_prefill_s)
-    return response, slowdown
+    return response, slowdown * halts
 
 
 def _power(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Say: TypeAlias = Callable[[str], None]
 
 ABOUT = "measured.json"
-FORMAT = 1
+FORMAT = 2
 """Of a folder of measurements: another number whenever what is measured changes."""
 
 

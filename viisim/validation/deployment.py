@@ -38,9 +38,9 @@ class Deployment:
 
     How fast the workers are is known in three ways. *As calibrated*: their profiles say it. *As
     gauged*: how many times as long as during the calibration the machine took, by a small work of
-    its own beside the worker (`runtime.vllm_plugin.gauge`), every two seconds; it is this that
-    predictions are judged with. *Their own speed*: what the steps of a run turned out to take,
-    which is no prediction.
+    its own beside the worker (`runtime.vllm_plugin.gauge`), and for how long it halted, every two
+    seconds; it is this that predictions are judged with. *Their own speed*: what the steps of a run
+    turned out to take, which is no prediction.
     """
 
     def __init__(
@@ -111,22 +111,24 @@ class Deployment:
 
     def gauged(self, run: MeasuredRun) -> Speeds:
         """As the machine was during the run; as calibrated where it was not gauged."""
-        middles_s = np.arange(run.begin_s + SPAN_S / 2, run.end_s, SPAN_S)
-        return {
-            replica_id: Speed(
-                (gauge.cost_s(middles_s) / response.work_s).tolist(),
-                response.decode,
-                response.prefill,
-            )
-            for replica_id, (gauge, response) in self._gauges.items()
-        }
+        begins_s = np.arange(run.begin_s, run.end_s, SPAN_S)
+        ends_s = np.minimum(begins_s + SPAN_S, run.end_s)
+        speeds = {}
+        for replica_id, (gauge, response) in self._gauges.items():
+            # The last span goes on, but for its halts: they would never end.
+            middles_s = np.append(begins_s, begins_s[-1]) + SPAN_S / 2
+            decode, prefill = response.slowdowns(gauge.cost_s(middles_s))
+            moving = np.append(gauge.moving(begins_s, ends_s), 1.0)
+            speeds[replica_id] = Speed((decode / moving).tolist(), (prefill / moving).tolist())
+        return speeds
 
     def own(self, run: MeasuredRun) -> Speeds:
         """What the workers' steps took in this run, all together."""
-        return {
-            replica.id: Speed([log.duration_s.sum() / predicted_s(log, replica.profile).sum()])
-            for replica, _, log in self._worked([run])
-        }
+        speeds = {}
+        for replica, _, log in self._worked([run]):
+            factors = [float(log.duration_s.sum() / predicted_s(log, replica.profile).sum())]
+            speeds[replica.id] = Speed(factors, factors)
+        return speeds
 
     @cached_property
     def _gauges(self) -> dict[str, tuple[Gauge, Response]]:
@@ -146,6 +148,15 @@ class Deployment:
             return False
         gauge, _ = self._gauges[replica_id]
         return gauge.end_s >= max(run.end_s for run in self.runs) - SPAN_S
+
+    def halted(self, replica_id: str) -> float | None:
+        """The share of the runs in which the machine halted; None where it was not gauged."""
+        if not self.is_gauged(replica_id):
+            return None
+        gauge, _ = self._gauges[replica_id]
+        begins_s, ends_s = np.array([(run.begin_s, run.end_s) for run in self.runs]).T
+        moving = gauge.moving(begins_s, ends_s)
+        return float(np.average(1 - moving, weights=ends_s - begins_s))
 
     # ----------------------------------------------------------------------------------
     # Steps
@@ -173,7 +184,7 @@ class Deployment:
     def _slowdown(
         self, replica: SimulatedReplica, start_s: Floats, log: StepLog, calibrated_s: Floats
     ) -> Floats:
-        """By the gauge, at each step."""
+        """By the gauge, of each step."""
         if replica.id not in self._gauges:
             return np.ones(len(log))
         gauge, response = self._gauges[replica.id]
@@ -181,7 +192,8 @@ class Deployment:
         decodes = replace(log, prefill_tokens=nothing, prefill_pairs=nothing)
         decode_s = np.where(log.decodes > 0, predicted_s(decodes, replica.profile), 0.0)
         cost_s = gauge.cost_s(start_s + log.duration_s / 2)
-        return response.slowdown(cost_s, decode_s, calibrated_s - decode_s)
+        slowdown = response.slowdown(cost_s, decode_s, calibrated_s - decode_s)
+        return slowdown / gauge.moving(start_s, start_s + log.duration_s)
 
     def _worked(
         self, runs: Sequence[MeasuredRun]

@@ -245,7 +245,7 @@ def _setup(measured: Measurements, deployments: Mapping[str, Deployment]) -> Set
             cores=entry.device or replica.profile.device,
             held_out_error=replica.profile.held_out_error or {},
             on_cpu=entry.worker.without_cards,
-            gauged=deployment.is_gauged(replica.id),
+            halted=deployment.halted(replica.id),
         )
         for name, deployment in deployments.items()
         for replica, entry in deployment.workers

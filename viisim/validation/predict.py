@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from math import ceil
 from typing import TypeAlias
 
@@ -35,14 +35,12 @@ _USERS_PER_PLACE = 2
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Of a replica during a run; no policy is told of it."""
+    """Of a replica during a run, in spans of `SPAN_S` from its beginning, the last of which goes
+    on; no policy is told of it."""
 
-    machine: Sequence[float]
-    """How many times as long as usual the machine takes, in each span (`SPAN_S` each, from the
-    beginning of the run; the last goes on)."""
-    decode: float = 1.0
-    prefill: float = 1.0
-    """The powers of that by which decode and prefill take longer, as of `Response`."""
+    decode: Sequence[float]
+    prefill: Sequence[float]
+    """How many times as long as usual decode and prefill take in each."""
 
 
 Speeds: TypeAlias = Mapping[str, Speed]
@@ -59,11 +57,7 @@ def simulated(
 ) -> SeedResult:
     """These requests in the experiment's cluster, under its policy."""
     cluster = experiment.cluster
-    step_times = {
-        replica.id: partial(_step_time, replica, speeds[replica.id])
-        for replica in experiment.simulated_replicas()
-        if replica.id in speeds
-    }
+    replicas = {replica.id: replica for replica in experiment.simulated_replicas()}
     return Simulation(
         replica_specs(experiment),
         experiment.policy.make(),
@@ -73,13 +67,25 @@ def simulated(
         scrape_delay_s=cluster.scrape_delay_s,
         limits=experiment.limits.limits(),
         predictor=experiment.make_predictor(seed),
-        faults=FaultPlan(_changes_of(speeds), step_times),
+        faults=FaultPlan(_changes_of(speeds, replicas), {}),
     ).run()
 
 
-def _step_time(replica: SimulatedReplica, speed: Speed, machine: float) -> EngineStepTime:
-    """While the machine takes so many times as long."""
-    slow = slowed(replica.profile.step_time, machine**speed.decode, machine**speed.prefill)
+def _changes_of(speeds: Speeds, replicas: Mapping[str, SimulatedReplica]) -> Iterator[Fault]:
+    """Each lasts until the next."""
+    spans = zip_longest(
+        *(zip(speed.decode, speed.prefill, strict=True) for speed in speeds.values())
+    )
+    for number, factors in enumerate(spans):
+        for replica_id, own in zip(speeds, factors, strict=True):
+            if own is not None:
+                step_time = _step_time(replicas[replica_id], *own)
+                yield Fault(number * SPAN_S, "slow", replica_id, step_time=step_time)
+
+
+def _step_time(replica: SimulatedReplica, decode: float, prefill: float) -> EngineStepTime:
+    """While these take so many times as long."""
+    slow = slowed(replica.profile.step_time, decode, prefill)
     profile = replica.profile.model_copy(update={"step_time": slow})
     return step_time_of(profile, replica.settings.max_num_seqs, replica.slowdown)
 
@@ -105,23 +111,14 @@ def slowed(times: StepTime, decode: float, prefill: float) -> StepTime:
     )
 
 
-def _changes_of(speeds: Speeds) -> Iterator[Fault]:
-    """Each lasts until the next."""
-    for span in range(max((len(speed.machine) for speed in speeds.values()), default=0)):
-        for replica_id, speed in speeds.items():
-            if span < len(speed.machine):
-                yield Fault(span * SPAN_S, "slow", replica_id, factor=speed.machine[span])
-
-
 def stretched(speeds: Speeds, factor: float) -> Speeds:
     """As they are for a run whose requests arrive over a time so many times as long."""
+
+    def longer(factors: Sequence[float]) -> list[float]:
+        return [factors[int(span / factor)] for span in range(ceil(len(factors) * factor))]
+
     return {
-        replica_id: replace(
-            speed,
-            machine=[
-                speed.machine[int(k / factor)] for k in range(ceil(len(speed.machine) * factor))
-            ],
-        )
+        replica_id: Speed(longer(speed.decode), longer(speed.prefill))
         for replica_id, speed in speeds.items()
     }
 

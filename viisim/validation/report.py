@@ -47,8 +47,14 @@ class Worker:
     """Of the fit, as the profile states it."""
     on_cpu: bool = False
     """It computes on the machine's own CPU, whose speed changes, and so is to be gauged."""
-    gauged: bool = False
-    """How fast the machine was beside it is known for all runs."""
+    halted: float | None = None
+    """The share of the runs in which the machine halted beside it; None where how fast that was is
+    not known for all runs."""
+
+    @property
+    def gauged(self) -> bool:
+        """How fast the machine was beside it is known for all runs."""
+        return self.halted is not None
 
 
 @dataclass(frozen=True, slots=True)
