@@ -30,6 +30,8 @@ from policies.testing import request
 from viisim.engine.scheduler import SchedulerSettings
 from viisim.engine.step_time import CalibratedRange, DecodePoint, StepTime
 from viisim.engine.stepwise import SteppedScheduler
+from viisim.fault_player import FaultPlan
+from viisim.faults import Fault
 from viisim.golden import GoldenAbort, GoldenConfig, GoldenRequest, Scenario
 from viisim.simulation import ReplicaSpec, Simulation
 from viisim.workload.request import Request
@@ -230,7 +232,12 @@ class Heard:
         self.entries.append((event, tuple(actions)))
 
 
-def simulation(world: World, coalesce: bool = True, journal: Heard | None = None) -> Simulation:
+def simulation(
+    world: World,
+    coalesce: bool = True,
+    journal: Heard | None = None,
+    faults: Sequence[Fault] = (),
+) -> Simulation:
     """A fresh simulation of the world."""
     specs = [
         ReplicaSpec(f"r{n}", "m", (f"gpu{n}",), world.engine, world.step_time, coalesce)
@@ -244,6 +251,7 @@ def simulation(world: World, coalesce: bool = True, journal: Heard | None = None
         scrape_delay_s=world.scrape_delay_s,
         until_s=world.until_s,
         journal=journal,
+        faults=FaultPlan(iter(faults), {}) if faults else None,
     )
 
 

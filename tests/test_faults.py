@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from policies.interface import (
     Cancelled,
@@ -245,6 +247,44 @@ class TestCrash:
         assert result.replica_ids == ("r0", "r1", "r0")
         first, _, second = result.replicas
         assert (first.retired_ns, second.ready_ns) == (1_050_000_000, 11_050_000_000)
+
+
+class TestHalt:
+    def test_what_runs_ends_so_much_later(self):
+        result, _ = played([Fault(1.05, "halt", "r0", 0.7)], [asked(0.0001)])
+        assert took_s(result) == pytest.approx(2.7, abs=1e-3)
+
+    def test_what_was_told_before_is_not_late(self):
+        result, _ = played([Fault(1.05, "halt", "r0", 0.7)], [asked(0.0001)])
+        first_s = result.requests["first_token_ns"][0] / 1e9
+        assert first_s == pytest.approx(0.1, abs=1e-3)
+
+    def test_a_prefill_waits_as_well(self):
+        result, _ = played([Fault(0.05, "halt", "r0", 0.7)], [asked(0.0001)])
+        assert result.requests["first_token_ns"][0] / 1e9 == pytest.approx(0.8, abs=1e-3)
+
+    def test_what_comes_meanwhile_begins_when_it_is_over(self):
+        result, _ = played([Fault(1.0, "halt", "r0", 2.0)], [asked(1.5)])
+        assert took_s(result) == pytest.approx(1.5 + 2.0, abs=1e-3)
+
+    def test_an_engine_without_work_does_not_notice(self):
+        result, _ = played([Fault(1.0, "halt", "r0", 2.0)], [asked(3.5)])
+        assert took_s(result) == pytest.approx(2.0, abs=1e-3)
+
+    def test_steps_that_a_fault_has_slowed_halt_too(self):
+        slow = Fault(0.5, "slow", "r0", duration_s=10.0, factor=2.0)
+        result, _ = played([slow, Fault(1.05, "halt", "r0", 0.7)], [asked(0.6)])
+        assert took_s(result) == pytest.approx(20 * 0.2 + 0.7, abs=1e-3)
+
+    @given(st.lists(st.tuples(st.floats(0.01, 0.5), st.floats(0.01, 0.5)), max_size=8))
+    def test_all_halts_of_a_busy_engine_add_up(self, times: list[tuple[float, float]]):
+        at_s, halts = 0.01, []
+        for pause_s, length_s in times:
+            halts.append(Fault(at_s + pause_s, "halt", "r0", length_s))
+            at_s += pause_s + length_s
+        result, _ = played(halts, [asked(0.0, tokens=100)])
+        total_s = sum(length_s for _, length_s in times)
+        assert took_s(result) == pytest.approx(10 + total_s, abs=1e-3)
 
 
 class TestHang:

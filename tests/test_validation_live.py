@@ -192,9 +192,13 @@ class TestWorkers:
         expected = ["tiny-1b-awq", "tiny-1b-awq-2", "tiny-1b-awq-3"]
         assert self.labels(tmp_path, *changes) == expected
 
-    def test_the_shipped_validation_has_one_kind_a_model(self, tmp_path: Path) -> None:
+    def test_equal_ones_beside_others_have_a_profile_of_their_own(self, tmp_path: Path) -> None:
         shipped = load_validation(ROOT / "experiments/validation/vllm_cpu.yaml")
-        assert Workers(shipped, tmp_path / "profiles").labels == ["m", "m3"]
+        workers = Workers(shipped, tmp_path / "profiles")
+        assert workers.labels == ["m", "m3", "m-2"]
+        first, second = (workers.overrides(part) for part in shipped.parts.values())
+        assert [Path(json.loads(one.split("=")[1])).stem for one in second] == ["m3", "m-2"]
+        assert Path(json.loads(first[-1].split("=")[1])).stem == "m"
 
     def test_those_of_one_deployment_are_calibrated_at_once(self, tmp_path: Path) -> None:
         (entry,) = experiment()["cluster"]["replicas"]
@@ -206,7 +210,8 @@ class TestWorkers:
         equal = experiment(cluster={"replicas": [one, one]})
         file = written(tmp_path, equal, ranking=ranking)
         workers = Workers(load_validation(file), tmp_path / "profiles")
-        assert [own for _, own in workers.calibrations()] == [{"tiny": "r0", "large": "r1"}]
+        expected = [{"tiny-2": "r0", "large": "r1"}, {"tiny": "r0"}]
+        assert [own for _, own in workers.calibrations()] == expected
 
 
 class TestFolder:
@@ -293,8 +298,15 @@ class TestRequests:
         assert changed[arrived_s > 4.0] == pytest.approx(e2e_s(2.0)[arrived_s > 4.0])
 
     def test_a_longer_run_has_its_speeds_for_longer(self) -> None:
-        before, after = Speed([1.0, 2.0], [3.0, 4.0]), Speed([1.0, 1.0, 2.0], [3.0, 3.0, 4.0])
+        before = Speed([1.0, 2.0], [3.0, 4.0], [(1.0, 0.5)])
+        after = Speed([1.0, 1.0, 2.0], [3.0, 3.0, 4.0], [(1.5, 0.75)])
         assert stretched({"r0": before}, 1.5) == {"r0": after}
+
+    def test_a_machine_that_halts_half_of_the_time_has_half_the_capacity(self) -> None:
+        whole = closed_loop_per_s(self.CHANGED, 200, 1)
+        halts_s = [(0.1 * number, 0.05) for number in range(2000)]
+        speeds = {name: Speed([1.0], [1.0], halts_s) for name in ("r0", "r1")}
+        assert closed_loop_per_s(self.CHANGED, 200, 1, speeds) == pytest.approx(whole / 2, rel=0.02)
 
     def test_decode_and_prefill_are_slow_each_by_its_own(self) -> None:
         times = self.CHANGED.simulated_replicas()[0].profile.step_time

@@ -155,6 +155,9 @@ class FaultPlayer:
         self.start()
 
     def _befall(self, fault: Fault, replica: Replica, now_ns: int) -> None:
+        if fault.kind == "halt":  # over the other faults, not instead of them
+            replica.halt(_ns(fault.until_s), now_ns)
+            return
         if fault.duration_s:
             self._lasting[fault.replica] = fault
             self._ends[self._call_at(_ns(fault.until_s), self._end)] = fault

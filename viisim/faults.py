@@ -58,7 +58,8 @@ class Fault:
     at_s: float
     """From the start of the run."""
     kind: str
-    """The `kind` of its class below."""
+    """The `kind` of its class below; or `halt`, in simulations only: the machine computes nothing,
+    whatever else is wrong with it."""
     replica: str
     duration_s: float = 0.0
     """Until all is well again; of a crash, until the worker serves again."""

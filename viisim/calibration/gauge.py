@@ -38,6 +38,7 @@ class Gauge:
         moments on the machine's monotonic clock."""
         self._at_s = np.asarray(at_s, dtype=np.float64)
         self._sums_s = np.concatenate([[0.0], np.cumsum(cpu_s)])
+        self._halts_s = halts_s
         begin_s, length_s = np.array(halts_s, dtype=np.float64).reshape(-1, 2).T
         self._edges_s = np.column_stack([begin_s, begin_s + length_s]).ravel()
         self._halted_s = np.cumsum(np.column_stack([np.zeros_like(length_s), length_s]))
@@ -59,6 +60,14 @@ class Gauge:
         end = np.where(nothing, first + 1, end)
         mean_s: Floats = (self._sums_s[end] - self._sums_s[first]) / (end - first)
         return mean_s
+
+    def halts_s(self, begin_s: float, end_s: float) -> list[tuple[float, float]]:
+        """Beginning, after the first of two moments, and length of each halt between them."""
+        return [
+            (at_s - begin_s, length_s)
+            for at_s, length_s in self._halts_s
+            if begin_s <= at_s < end_s
+        ]
 
     def moving(self, begin_s: Floats, end_s: Floats) -> Floats:
         """The share of the time from one moment to a later one in which the machine did not halt;
@@ -110,8 +119,8 @@ class Response:
 
     work_s: float
     """What the gauge's work took in the mean while the worker was calibrated."""
-    decode: float = 1.0
-    prefill: float = 1.0
+    decode: float
+    prefill: float
     """Where that work takes g times as long, these take g to this power times as long."""
 
     def slowdowns(self, cost_s: Floats) -> tuple[Floats, Floats]:
@@ -130,9 +139,12 @@ _ROUNDS = 2
 _RESPONSE_SPAN_S = 10.0
 _FEWEST_STEPS = 5
 """In a span, or its mean says little."""
-_SCATTER, _PRIOR_SD = 0.03, 0.5
-"""Of a span's mean, relative; and of a power around 1, which is believed on a machine that hardly
-changes its speed."""
+_SCATTER = 0.03
+"""Of a span's mean, relative, at least."""
+_DECODE, _PREFILL, _POWER_SD = 0.8, 1.75, 0.2
+"""What the powers are believed to be, and how surely: a machine that hardly changes its speed
+during a calibration does not show them. Six calibrations, of three models, on the CPU of a machine
+that did found 0.77 to 0.80 and 1.67 to 1.94 (docs/validation_runs.md)."""
 
 
 def fit_response(
@@ -144,24 +156,29 @@ def fit_response(
     cost_s = gauge.cost_s(start_s + log.duration_s / 2)
     log = log.divided(halts)
     machine, prefills = cost_s / work_s, log.prefill_tokens > 0
-    response, slowdown = Response(work_s), machine
+    response, slowdown = Response(work_s, _DECODE, _PREFILL), machine
     for _ in range(_ROUNDS):
         fit = fit_steps([log.divided(slowdown)])
         usual_decode_s = decode_s(fit, log)
         usual_prefill_s = fit.predict(log) - usual_decode_s
-        decode = _power(start_s, log.duration_s, usual_decode_s, machine, ~prefills)
+        decode = _power(_DECODE, start_s, log.duration_s, usual_decode_s, machine, ~prefills)
         left_s = log.duration_s - machine**decode * usual_decode_s
-        prefill = _power(start_s, left_s, usual_prefill_s, machine, prefills)
+        prefill = _power(_PREFILL, start_s, left_s, usual_prefill_s, machine, prefills)
         response = Response(work_s, decode, prefill)
         slowdown = response.slowdown(cost_s, usual_decode_s, usual_prefill_s)
     return response, slowdown * halts
 
 
 def _power(
-    start_s: Floats, measured_s: Floats, usual_s: Floats, machine: Floats, some: NDArray[np.bool_]
+    believed: float,
+    start_s: Floats,
+    measured_s: Floats,
+    usual_s: Floats,
+    machine: Floats,
+    some: NDArray[np.bool_],
 ) -> float:
     """By which these steps follow the machine: the slope of their slowdown over its, in logarithms
-    of sums over spans."""
+    of sums over spans, and as believed where these do not show it."""
     _, span = np.unique(start_s[some] // _RESPONSE_SPAN_S, return_inverse=True)
     enough = np.bincount(span) >= _FEWEST_STEPS
     sum_s, usual_sum_s, machine_sum_s = (
@@ -169,9 +186,11 @@ def _power(
     )
     known = (sum_s > 0) & (usual_sum_s > 0)
     if not known.any():
-        return 1.0
+        return believed
     own = np.log(sum_s[known] / usual_sum_s[known])
     its = np.log(machine_sum_s[known] / usual_sum_s[known])
     own, its = own - own.mean(), its - its.mean()
-    prior = (_SCATTER / _PRIOR_SD) ** 2
-    return float((own @ its + prior) / (its @ its + prior))
+    slope = own @ its / (its @ its) if its.any() else believed
+    scatter = max(_SCATTER, float(np.std(own - slope * its)))
+    prior = (scatter / _POWER_SD) ** 2
+    return float((own @ its + prior * believed) / (its @ its + prior))

@@ -8,9 +8,10 @@ import platform
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -89,7 +90,8 @@ def _measured(config: ValidationConfig, folder: Path, about: dict[str, Any]) -> 
 
 
 class Workers:
-    """The kinds of workers in a validation's experiments, each with a profile of its own.
+    """The kinds of workers in a validation's experiments, each with a profile of its own. Those of
+    one kind have the same neighbours, too: workers take memory's bandwidth from each other.
 
     Raises InputError for a worker that is not started here.
     """
@@ -106,14 +108,15 @@ class Workers:
         """Experiments, and the first replica of each kind in them, by label."""
         for part in config.parts.values():
             experiment = load_experiment(part.file, part.overrides)
-            first: dict[str, str] = {}
             for replica_id, entry in experiment.numbered_replicas():
                 if entry.worker.kind != "vllm":
                     raise InputError(
                         f"{part.file}: {replica_id}: worker.kind: {entry.worker.kind}; live "
                         "validation starts the workers itself: give kind vllm"
                     )
-                first.setdefault(self._label(entry), replica_id)
+            first: dict[str, str] = {}
+            for replica_id, label in self._labels_of(experiment).items():
+                first.setdefault(label, replica_id)
             self._parts.append((experiment, first))
 
     @property
@@ -129,9 +132,26 @@ class Workers:
                 yield experiment, own
                 left -= own.keys()
 
-    def _label(self, entry: ReplicaConfig) -> str:
+    def _labels_of(self, experiment: Experiment) -> dict[str, str]:
+        """Of each replica."""
+        entries = dict(experiment.numbered_replicas())
+        ignored = {"count", "model", "profile"}
+        settings = {
+            replica_id: json.dumps(entry.model_dump(mode="json", exclude=ignored))
+            for replica_id, entry in entries.items()
+        }
+        return {
+            replica_id: self._label(
+                entry,
+                settings[replica_id],
+                sorted(settings[other] for other in entries if other != replica_id),
+            )
+            for replica_id, entry in entries.items()
+        }
+
+    def _label(self, entry: ReplicaConfig, settings: str, beside: Sequence[str]) -> str:
         """The name of the weights, with a number where other settings had it before."""
-        kind = json.dumps(entry.model_dump(mode="json", exclude={"count", "model", "profile"}))
+        kind = json.dumps([settings, *beside])
         if kind not in self._labels:
             name = Path(entry.worker.weights or entry.model).name
             self._kinds_of[name] += 1
@@ -147,8 +167,10 @@ class Workers:
         """What makes the part's experiment one with these profiles."""
         from viisim.config import load_experiment
 
-        replicas = load_experiment(part.file, part.overrides).cluster.replicas
-        profiles = [str(self.profile(self._label(entry))) for entry in replicas]
+        experiment = load_experiment(part.file, part.overrides)
+        labels = iter(self._labels_of(experiment).values())
+        own = [set(islice(labels, entry.count)) for entry in experiment.cluster.replicas]
+        profiles = [str(self.profile(label)) for (label,) in own]
         return [
             *part.overrides,
             *(f"cluster.replicas.{i}.profile={json.dumps(p)}" for i, p in enumerate(profiles)),

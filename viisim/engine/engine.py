@@ -56,6 +56,11 @@ class Engine:
         self._following: Batch | None = None
         """Asynchronous only: the batch scheduled behind the head."""
         self._head_ps = 0
+        self._held_ps = 0
+        """By how much the machine's halts make the last step of the train longer, unless that is
+        the head, which contains them."""
+        self._halted_ps = 0
+        """Until when the machine halts, or has."""
         self._train = 0
         """Steps until the next event, the head included; 0: the engine is idle."""
         self._decodes = (0, 0, 0, 0)
@@ -93,6 +98,20 @@ class Engine:
         self.step_time = step_time
         return self._cut(now_ns, step_ended) if self._train > 1 else None
 
+    def halt(self, until_ns: int, now_ns: int, step_ended: bool = False) -> int | None:
+        """Compute nothing from now until then: the step in progress, or the first that would
+        begin, takes so much longer. Returns the new time of the next event, None without one."""
+        self._halted_ps = until_ns * PS_PER_NS
+        if not self._train:
+            return None
+        self._train = self._steps_over(now_ns, step_ended) + 1
+        longer_ps = (until_ns - now_ns) * PS_PER_NS
+        if self._head is not None and self._train == 1:
+            self._head_ps += longer_ps
+        else:
+            self._held_ps += longer_ps
+        return self._end_ns()
+
     def finish(self, now_ns: int) -> tuple[Collection[Sequence], int | None]:
         """The train has run: take its output and start the next one. Returns who ended, and the
         time of the next event, None when there is no work left."""
@@ -104,10 +123,11 @@ class Engine:
             self._finish_head(head)
             lasts = head.lasts
         if steps:
-            members, context_tokens, step_ps, growth_ps = self._decodes
-            log = self.log
-            log.add(log.pack(members, 0, context_tokens, 0, step_ps, growth_ps, steps))
+            self._log_decodes(steps)
+            members, _, step_ps, growth_ps = self._decodes
             self._clock_ps += steps * step_ps + steps * (steps - 1) // 2 * growth_ps
+            self._clock_ps += self._held_ps
+            self._held_ps = 0
             if following is None:
                 lasts = scheduler.advance(steps)
             else:  # asynchronous: the last step scheduled starts to run now
@@ -118,6 +138,17 @@ class Engine:
         if self._aborts:
             self._take_aborts()
         return ended, self._begin(now_ns)
+
+    def _log_decodes(self, steps: int) -> None:
+        """The decode steps behind the head are over."""
+        members, context_tokens, step_ps, growth_ps = self._decodes
+        log = self.log
+        if self._held_ps:
+            steps -= 1
+            last_ps = step_ps + steps * growth_ps + self._held_ps
+            log.add(log.pack(members, 0, context_tokens + steps * members, 0, last_ps, 0, 1))
+        if steps:
+            log.add(log.pack(members, 0, context_tokens, 0, step_ps, growth_ps, steps))
 
     def _finish_head(self, head: Batch) -> None:
         head_ps = self._head_ps
@@ -162,7 +193,7 @@ class Engine:
         a simulation that stops within a train."""
         over = self._steps_over(now_ns, step_ended=True)
         if over:
-            self._train = over
+            self._train, self._held_ps = over, 0  # it is the last step that is held
             self.finish(now_ns)
 
     @property
@@ -229,6 +260,8 @@ class Engine:
         self._head_ps = self.step_time.step_ps(
             head.decodes, head.context_tokens, head.prefill_tokens, head.prefill_pairs
         )
+        if self._halted_ps > self._clock_ps:
+            self._head_ps += self._halted_ps - self._clock_ps
 
     def _follow(self, steps: int) -> int:
         """Let that many decode steps of the group, or none, run behind the head, if there is
@@ -287,7 +320,7 @@ class Engine:
 
     def _end_ns(self) -> int:
         """When the train ends."""
-        end_ps, steps = self._clock_ps, self._train
+        end_ps, steps = self._clock_ps + self._held_ps, self._train
         if self._head is not None:
             end_ps += self._head_ps
             steps -= 1

@@ -72,6 +72,14 @@ class Replica:
         if end_ns is not None:
             self._call = kernel.call_at(end_ns, self._priority, self._step_end)
 
+    def halt(self, until_ns: int, now_ns: int) -> None:
+        """Nothing is computed from now until then."""
+        kernel = self._kernel
+        step_ended = kernel.ended_ns == now_ns and kernel.ended_priority > self._priority
+        end_ns = self.engine.halt(until_ns, now_ns, step_ended)
+        if end_ns is not None:
+            self._call = kernel.call_at(end_ns, self._priority, self._step_end)
+
     def withhold(self) -> None:
         """From now on the engine computes unheard, until `release`."""
         self._withheld = []

@@ -38,8 +38,8 @@ class Deployment:
 
     How fast the workers are is known in three ways. *As calibrated*: their profiles say it. *As
     gauged*: how many times as long as during the calibration the machine took, by a small work of
-    its own beside the worker (`runtime.vllm_plugin.gauge`), and for how long it halted, every two
-    seconds; it is this that predictions are judged with. *Their own speed*: what the steps of a run
+    its own beside the worker (`runtime.vllm_plugin.gauge`), every two seconds, and when it halted;
+    it is this that predictions are judged with. *Their own speed*: what the steps of a run
     turned out to take, which is no prediction.
     """
 
@@ -111,15 +111,12 @@ class Deployment:
 
     def gauged(self, run: MeasuredRun) -> Speeds:
         """As the machine was during the run; as calibrated where it was not gauged."""
-        begins_s = np.arange(run.begin_s, run.end_s, SPAN_S)
-        ends_s = np.minimum(begins_s + SPAN_S, run.end_s)
+        middles_s = np.arange(run.begin_s + SPAN_S / 2, run.end_s, SPAN_S)
         speeds = {}
         for replica_id, (gauge, response) in self._gauges.items():
-            # The last span goes on, but for its halts: they would never end.
-            middles_s = np.append(begins_s, begins_s[-1]) + SPAN_S / 2
             decode, prefill = response.slowdowns(gauge.cost_s(middles_s))
-            moving = np.append(gauge.moving(begins_s, ends_s), 1.0)
-            speeds[replica_id] = Speed((decode / moving).tolist(), (prefill / moving).tolist())
+            halts_s = gauge.halts_s(run.begin_s, run.end_s)
+            speeds[replica_id] = Speed(decode.tolist(), prefill.tolist(), halts_s)
         return speeds
 
     def own(self, run: MeasuredRun) -> Speeds:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, zip_longest
+from heapq import merge
+from itertools import islice
 from math import ceil
+from operator import attrgetter
 from typing import TypeAlias
 
 from viisim.calibration.gauge import SPAN_S
@@ -35,12 +37,14 @@ _USERS_PER_PLACE = 2
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Of a replica during a run, in spans of `SPAN_S` from its beginning, the last of which goes
-    on; no policy is told of it."""
+    """Of a replica during a run; no policy is told of it."""
 
     decode: Sequence[float]
     prefill: Sequence[float]
-    """How many times as long as usual decode and prefill take in each."""
+    """How many times as long as usual decode and prefill take in each span (`SPAN_S` each, from the
+    beginning of the run; the last goes on)."""
+    halts_s: Sequence[tuple[float, float]] = ()
+    """When the machine computes nothing: beginning, from that of the run, and length, in order."""
 
 
 Speeds: TypeAlias = Mapping[str, Speed]
@@ -72,15 +76,19 @@ def simulated(
 
 
 def _changes_of(speeds: Speeds, replicas: Mapping[str, SimulatedReplica]) -> Iterator[Fault]:
-    """Each lasts until the next."""
-    spans = zip_longest(
-        *(zip(speed.decode, speed.prefill, strict=True) for speed in speeds.values())
+    """In order of time."""
+    own = [_changes(replicas[replica_id], speed) for replica_id, speed in speeds.items()]
+    return merge(*(fault for each in own for fault in each), key=attrgetter("at_s"))
+
+
+def _changes(replica: SimulatedReplica, speed: Speed) -> tuple[Iterator[Fault], Iterator[Fault]]:
+    """Of its speed, each until the next; and its halts."""
+    changes = (
+        Fault(span * SPAN_S, "slow", replica.id, step_time=_step_time(replica, decode, prefill))
+        for span, (decode, prefill) in enumerate(zip(speed.decode, speed.prefill, strict=True))
     )
-    for number, factors in enumerate(spans):
-        for replica_id, own in zip(speeds, factors, strict=True):
-            if own is not None:
-                step_time = _step_time(replicas[replica_id], *own)
-                yield Fault(number * SPAN_S, "slow", replica_id, step_time=step_time)
+    halts = (Fault(at_s, "halt", replica.id, length_s) for at_s, length_s in speed.halts_s)
+    return changes, halts
 
 
 def _step_time(replica: SimulatedReplica, decode: float, prefill: float) -> EngineStepTime:
@@ -118,7 +126,11 @@ def stretched(speeds: Speeds, factor: float) -> Speeds:
         return [factors[int(span / factor)] for span in range(ceil(len(factors) * factor))]
 
     return {
-        replica_id: Speed(longer(speed.decode), longer(speed.prefill))
+        replica_id: Speed(
+            longer(speed.decode),
+            longer(speed.prefill),
+            [(factor * at_s, factor * length_s) for at_s, length_s in speed.halts_s],
+        )
         for replica_id, speed in speeds.items()
     }
 
