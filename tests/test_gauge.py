@@ -154,7 +154,7 @@ def recorded(decode: float, prefill: float, swing: float) -> tuple[StepLog, Any,
 def test_the_powers_by_which_steps_follow_the_machine_are_found(
     decode: float, prefill: float
 ) -> None:
-    log, start_s, gauge = recorded(decode, prefill, 0.2)
+    log, start_s, gauge = recorded(decode, prefill, 0.5)
     response, slowdown = fit_response(log, start_s, gauge, 0.002)
     assert (response.decode, response.prefill) == pytest.approx((decode, prefill), abs=0.08)
     usual = log.divided(slowdown).duration_s[log.prefill_tokens == 0]

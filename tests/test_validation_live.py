@@ -460,11 +460,13 @@ class TestAgainstStubs:
         rows = rows_of(profile / "sweep-2.steps.jsonl")
         assert all(0.9 < row["slowdown"] < 1.1 for row in rows)
 
-    def test_the_calibration_finds_how_steps_follow_the_machine(self, live: Any) -> None:
+    def test_a_calibration_of_seconds_does_not_change_how_steps_follow_the_machine(
+        self, live: Any
+    ) -> None:
         summary = json.loads((live[0] / "out/profiles/tiny/summary.json").read_text())
         response = summary["response"]
         assert response["work_s"] == pytest.approx(0.002, rel=0.06)
-        assert (response["decode"], response["prefill"]) == pytest.approx((1.0, 1.0), abs=0.2)
+        assert (response["decode"], response["prefill"]) == pytest.approx((0.8, 1.75), abs=0.1)
 
     def test_policies_are_ranked(self, live: Any) -> None:
         rows = live[1]["rankings"]["short"]["rows"]

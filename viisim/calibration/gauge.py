@@ -139,12 +139,22 @@ _ROUNDS = 2
 _RESPONSE_SPAN_S = 10.0
 _FEWEST_STEPS = 5
 """In a span, or its mean says little."""
-_SCATTER = 0.03
-"""Of a span's mean, relative, at least."""
-_DECODE, _PREFILL, _POWER_SD = 0.8, 1.75, 0.2
-"""What the powers are believed to be, and how surely: a machine that hardly changes its speed
-during a calibration does not show them. Six calibrations, of three models, on the CPU of a machine
-that did found 0.77 to 0.80 and 1.67 to 1.94 (docs/validation_runs.md)."""
+_SCATTER = 0.05
+"""Of a span's mean, relative: by that much the powers of one model scatter between calibrations."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Belief:
+    """What a power is before the steps are seen, and how surely: a machine that hardly changes its
+    speed during a calibration does not show it."""
+
+    power: float
+    sd: float
+
+
+_DECODE, _PREFILL = _Belief(0.8, 0.1), _Belief(1.75, 0.15)
+"""Seven calibrations, of three models, on the CPU of a machine that did change its speed found 0.77
+to 0.80, and once 0.56; and 1.65 to 1.95 (docs/validation_runs.md)."""
 
 
 def fit_response(
@@ -156,7 +166,7 @@ def fit_response(
     cost_s = gauge.cost_s(start_s + log.duration_s / 2)
     log = log.divided(halts)
     machine, prefills = cost_s / work_s, log.prefill_tokens > 0
-    response, slowdown = Response(work_s, _DECODE, _PREFILL), machine
+    response, slowdown = Response(work_s, _DECODE.power, _PREFILL.power), machine
     for _ in range(_ROUNDS):
         fit = fit_steps([log.divided(slowdown)])
         usual_decode_s = decode_s(fit, log)
@@ -170,7 +180,7 @@ def fit_response(
 
 
 def _power(
-    believed: float,
+    belief: _Belief,
     start_s: Floats,
     measured_s: Floats,
     usual_s: Floats,
@@ -186,11 +196,9 @@ def _power(
     )
     known = (sum_s > 0) & (usual_sum_s > 0)
     if not known.any():
-        return believed
+        return belief.power
     own = np.log(sum_s[known] / usual_sum_s[known])
     its = np.log(machine_sum_s[known] / usual_sum_s[known])
     own, its = own - own.mean(), its - its.mean()
-    slope = own @ its / (its @ its) if its.any() else believed
-    scatter = max(_SCATTER, float(np.std(own - slope * its)))
-    prior = (scatter / _POWER_SD) ** 2
-    return float((own @ its + prior * believed) / (its @ its + prior))
+    prior = (_SCATTER / belief.sd) ** 2
+    return float((own @ its + prior * belief.power) / (its @ its + prior))
