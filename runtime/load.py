@@ -96,12 +96,14 @@ class LoadClient:
         as_text: bool = False,
         timeout_s: float = 3600.0,
         on_done: Callable[[Record], None] = lambda record: None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`speed` 10 sends ten seconds' worth in one; `exact_lengths` asks the server to ignore
         the end of an answer, so that it has the workload's length (a vLLM option). Prompts are
         made of the token ids in `vocabulary`; a `salt` of its own keeps a run from finding the
         prompts of another in a prefix cache; `as_text` sends characters of those numbers, for
-        servers that take no ids."""
+        servers that take no ids. Latencies are read from `clock`, in seconds: by default a
+        finer one than that of some event loops."""
         self._url = url.rstrip("/")
         self._key = key
         self._exact = exact_lengths
@@ -111,6 +113,7 @@ class LoadClient:
         self._as_text = as_text
         self._timeout_s = timeout_s
         self._on_done = on_done
+        self._clock = clock
         self._records: list[Record] = []
         self._answers: dict[Any, list[int]] = {}
         """Token ids of answers, by segment: later turns of their sessions repeat them."""
@@ -124,7 +127,7 @@ class LoadClient:
             connector=connector, timeout=timeout, headers=headers
         ) as session:
             self._session = session
-            self._start_s = time.perf_counter()
+            self._start_s = self._clock()
             async with asyncio.TaskGroup() as group:
                 for request in requests:
                     await self._until(request.arrived_ns / 1e9 / self._speed)
@@ -132,7 +135,7 @@ class LoadClient:
         return self._records
 
     def _now_s(self) -> float:
-        return time.perf_counter() - self._start_s
+        return self._clock() - self._start_s
 
     async def _until(self, instant_s: float) -> None:
         delay_s = instant_s - self._now_s()

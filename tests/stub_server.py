@@ -406,12 +406,16 @@ with suppress(ImportError):
     LOOPS["uvloop"] = uvloop.new_event_loop
 
 
-def run(scenario: Callable[[], Awaitable[None]], loop: str = "") -> None:
+def run(
+    scenario: Callable[[], Awaitable[None]],
+    loop: str = "",
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> None:
     """Run a scenario on a loop of its own, by default of the kind that a deployment runs on."""
 
     async def limited() -> None:
         async with asyncio.timeout(LIMIT_S):
             await scenario()
 
-    with asyncio.Runner(loop_factory=LOOPS[loop or list(LOOPS)[-1]]) as runner:
+    with asyncio.Runner(loop_factory=loop_factory or LOOPS[loop or list(LOOPS)[-1]]) as runner:
         runner.run(limited())
