@@ -35,8 +35,9 @@ def lines_to(variable: str) -> TextIO:
 
 
 def slowdown() -> float:
-    """Of the machine, the same for all that run on it."""
-    return 1 + 0.05 * math.sin(time.monotonic() / 5)
+    """Of the machine, the same for all that run on it; it has quick moments at all times."""
+    now_s = time.monotonic()
+    return 0.9 if now_s % 1 < 0.04 else 1 + 0.05 * math.sin(now_s / 5)
 
 
 @dataclass(eq=False)

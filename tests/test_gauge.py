@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.vllm_plugin import GAUGE_VARIABLE, recording_environment
-from viisim.calibration.gauge import Gauge, fit_response, read_gauge
+from viisim.calibration.gauge import Gauge, Response, fit_response, read_gauge
 from viisim.calibration.measurements import StepLog
 from viisim.calibration.own_records import step_log
 from viisim.errors import InputError
@@ -148,6 +148,22 @@ def recorded(decode: float, prefill: float, swing: float) -> tuple[StepLog, Any,
         host_s=np.zeros(count),
     )
     return log, start_s, Gauge(start_s, 0.002 * machine)
+
+
+def slowdown_by_another_gauge(factor: float) -> Any:
+    """Of decode, by a gauge whose ticks all take so many times as long as in the calibration."""
+    cpu_s = np.linspace(0.0016, 0.0024, 200)
+    response = Response(0.002, Gauge(range(200), cpu_s).quickest_s, 0.8, 1.75)
+    gauge = Gauge(range(200), factor * cpu_s)
+    return response.to(gauge).slowdowns(np.array([factor * 0.002]))[0][0]
+
+
+def test_a_gauge_that_is_slow_even_at_its_quickest_says_nothing_of_the_machine() -> None:
+    assert slowdown_by_another_gauge(1.2) == pytest.approx(1.0)
+
+
+def test_a_gauge_that_is_a_little_slower_at_its_quickest_shows_a_machine_that_is() -> None:
+    assert slowdown_by_another_gauge(1.02) == pytest.approx(1.02**0.8)
 
 
 @pytest.mark.parametrize(("decode", "prefill"), [(1.0, 1.0), (0.7, 1.5), (1.4, 0.8)])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Say: TypeAlias = Callable[[str], None]
 
 ABOUT = "measured.json"
-FORMAT = 2
+FORMAT = 3
 """Of a folder of measurements: another number whenever what is measured changes."""
 
 

@@ -114,7 +114,7 @@ class Deployment:
         middles_s = np.arange(run.begin_s + SPAN_S / 2, run.end_s, SPAN_S)
         speeds = {}
         for replica_id, (gauge, response) in self._gauges.items():
-            decode, prefill = response.slowdowns(gauge.cost_s(middles_s))
+            decode, prefill = response.to(gauge).slowdowns(gauge.cost_s(middles_s))
             halts_s = gauge.halts_s(run.begin_s, run.end_s)
             speeds[replica_id] = Speed(decode.tolist(), prefill.tolist(), halts_s)
         return speeds
@@ -155,6 +155,13 @@ class Deployment:
         moving = gauge.moving(begins_s, ends_s)
         return float(np.average(1 - moving, weights=ends_s - begins_s))
 
+    def gauge_offset(self, replica_id: str) -> float | None:
+        """See `Response.offset_of`; None where the machine was not gauged."""
+        if not self.is_gauged(replica_id):
+            return None
+        gauge, response = self._gauges[replica_id]
+        return response.offset_of(gauge)
+
     # ----------------------------------------------------------------------------------
     # Steps
 
@@ -189,7 +196,7 @@ class Deployment:
         decodes = replace(log, prefill_tokens=nothing, prefill_pairs=nothing)
         decode_s = np.where(log.decodes > 0, predicted_s(decodes, replica.profile), 0.0)
         cost_s = gauge.cost_s(start_s + log.duration_s / 2)
-        slowdown = response.slowdown(cost_s, decode_s, calibrated_s - decode_s)
+        slowdown = response.to(gauge).slowdown(cost_s, decode_s, calibrated_s - decode_s)
         return slowdown / gauge.moving(start_s, start_s + log.duration_s)
 
     def _worked(

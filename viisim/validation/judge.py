@@ -246,6 +246,7 @@ def _setup(measured: Measurements, deployments: Mapping[str, Deployment]) -> Set
             held_out_error=replica.profile.held_out_error or {},
             on_cpu=entry.worker.without_cards,
             halted=deployment.halted(replica.id),
+            gauge_offset=deployment.gauge_offset(replica.id),
         )
         for name, deployment in deployments.items()
         for replica, entry in deployment.workers

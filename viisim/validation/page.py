@@ -161,11 +161,11 @@ def _what_ran(report: Report) -> Iterator[str]:
     rows = [
         [worker.id, f"`{worker.profile}`", worker.cores]
         + [_size(worker.held_out_error.get(name)) for name in errors]
-        + [_size(worker.halted)]
+        + [_size(worker.halted), _percent(worker.gauge_offset)]
         for worker in setup.workers
     ]
     held_out = [f"held out: {name}" for name in errors]
-    headings = ["worker", "profile", "cores", *held_out, "machine halted"]
+    headings = ["worker", "profile", "cores", *held_out, "machine halted", "gauge at its quickest"]
     yield markdown_table(headings, rows)
     if report.calibration:
         yield "Calibration found:"
@@ -181,9 +181,10 @@ speed *as gauged*: beside each worker on the CPU, and on its cores, a small work
 same and has nothing to do with the worker is timed ten times a second, during the calibration and
 in all runs. Where it takes g times as long as in the mean of the calibration, in means over two
 seconds, decode and prefill are predicted to take so many times as long as the profile says: powers
-of g, which the calibration found ("Step times" has what comes of it by run). Where the machine
-halted, as the gauge sees by its own sleep, nothing is predicted to go on. What else could have been
-assumed:
+of g, which the calibration found ("Step times" has what comes of it by run). A gauge that even at
+its quickest is more than 3% off that of the calibration ("What ran") has a slower or quicker place
+in the memory, and is taken to be so much off always. Where the machine halted, as the gauge sees by
+its own sleep, nothing is predicted to go on. What else could have been assumed:
 
 - *as calibrated*: the profiles alone, as if every hour were like that of the calibration.
 - *their own speed*: in each run, steps take as many times what the profile says as they all

@@ -50,6 +50,8 @@ class Worker:
     halted: float | None = None
     """The share of the runs in which the machine halted beside it; None where how fast that was is
     not known for all runs."""
+    gauge_offset: float | None = None
+    """Of the gauge at its quickest, relative to that of the calibration; likewise."""
 
     @property
     def gauged(self) -> bool:
