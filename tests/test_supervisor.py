@@ -42,6 +42,8 @@ class FakeServer:
         self.may_stop = asyncio.Event()
         self.may_stop.set()
         self.stopped = False
+        self.let_go = asyncio.Event()
+        """Set when somebody who waited for its end does so no more."""
 
     @property
     def has_ended(self) -> bool:
@@ -50,7 +52,13 @@ class FakeServer:
 
     async def ended(self) -> None:
         """Until then."""
-        await self._end.wait()
+        try:
+            await self._end.wait()
+        except asyncio.CancelledError:
+            self.let_go.set()
+            for _ in range(3):  # whoever has cancelled this has to wait
+                await asyncio.sleep(0)
+            raise
 
     async def stop(self) -> None:
         """End it, as soon as it may."""
@@ -247,6 +255,16 @@ def test_the_end_waits_for_a_process_that_is_being_stopped():
         assert server.stopped
 
     run(scenario)
+
+
+def test_one_is_ended_also_in_the_midst_of_a_look_at_it():
+    async def scenario(scene: Scene) -> None:
+        keep(scene)
+        await scene.until(True)
+        await scene.servers[0].let_go.wait()
+        await scene.supervisor.end("r0")
+
+    assert run(scenario).servers[0].stopped
 
 
 def test_a_server_of_somebody_else_is_only_watched():
