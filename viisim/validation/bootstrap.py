@@ -11,7 +11,7 @@ from run to run is at most K - 1 times what it varies by within one.
 Two equal policies are called different in 5 % of cases, as promised, where three runs of a minute
 forget themselves in 2 s; in 8 % where runs lie 10 % apart besides. Blocks stratified by repetition,
 without the first stage, do so in 12 and 19 % (400 sets each, made as in the tests). Intervals are
-percentiles, and each pair is judged by itself.
+percentiles. All this is of one pair by itself; `viisim.validation.ranking` looks at many.
 """
 
 from __future__ import annotations
@@ -143,3 +143,11 @@ def interval(samples: Floats) -> Interval:
     """In which 95 % of the samples lie."""
     low, high = np.nanquantile(samples, (0.025, 0.975))
     return float(low), float(high)
+
+
+def p_value(samples: Floats) -> float:
+    """Of the hypothesis that what was resampled is 0, two-sided: 0.05 or less where 0 lies outside
+    of the interval. Never 0: the measurement itself is one of the samples."""
+    known = samples[~np.isnan(samples)]
+    on_one_side = 1 + min((known <= 0).sum(), (known >= 0).sum())
+    return min(1.0, float(2 * on_one_side / (len(known) + 1)))

@@ -78,8 +78,10 @@ _HOW_TO_READ = """\
   the machine happens to be, or what its workers take from each other; near 0, that each scatters
   for itself.
 - Answers and their tokens are counted and must be equal at every load.
-- In a ranking only pairs count whose measured difference is significant (95% interval, paired
-  bootstrap). Regret is what one loses by taking the policy that the simulator has for best."""
+- In a ranking only pairs count whose measured difference is significant: by a paired bootstrap, and
+  so that of those called significant 5% are so by chance (Benjamini and Hochberg); intervals are
+  those of 95%, of each pair by itself. Regret is what one loses by taking the policy that the
+  simulator has for best."""
 
 
 # --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
@@ -16,12 +16,14 @@ from scipy import stats
 
 from viisim.errors import InputError
 from viisim.validation.answers import STATISTICS, Answers, Figure
-from viisim.validation.bootstrap import Bootstrap, Interval, interval
+from viisim.validation.bootstrap import Bootstrap, Interval, interval, p_value
 
 SIGNIFICANT_PAIRS_NEEDED = 6
 """Fewer significant pairs show nothing. Pairs of one ranking are not independent: a random order
 of four policies agrees with all six of their pairs in 1 of 24 cases, of five with six that say
 "these two before those three" in 1 of 10."""
+FALSE_DISCOVERIES = 0.05
+"""Of the pairs that are called different, so many may be so by chance."""
 TAU_NEEDED = 1.0
 REGRET_ALLOWED = 0.02
 """Below it, the policy that the simulator picks is as good as the best."""
@@ -58,8 +60,10 @@ class Pair:
     b: str
     difference: float
     interval: Interval
+    p_value: float
+    """How often two policies that do not differ are as far apart."""
     significant: bool
-    """0 lies outside the interval."""
+    """The difference is shown, though many pairs are looked at."""
     simulated_difference: float
     agrees: bool
     """The simulator has the same one for better; a simulated tie is no agreement."""
@@ -215,23 +219,43 @@ def _tau_all(measured: Sequence[float], simulated: Sequence[float]) -> float | N
 
 
 def _pairs(figure: Figure, bootstrap: Bootstrap, simulated: Mapping[str, float]) -> Iterator[Pair]:
-    for (i, a), (j, b) in combinations(enumerate(simulated), 2):
-        failed = bootstrap.failed[i] | bootstrap.failed[j]
-        both = ~np.isnan(bootstrap.values_s[i] + bootstrap.values_s[j]) & ~failed
-        if not both.any():
-            raise InputError(f"{a} and {b} answered no request in common: are they the same list?")
-        of_a, of_b = bootstrap.values_s[i, both], bootstrap.values_s[j, both]
-        low, high = interval(bootstrap.samples(j, both) / bootstrap.samples(i, both) - 1)
-        statistic = STATISTICS[figure.statistic]
-        difference = statistic(of_b) / statistic(of_a) - 1
-        simulated_difference = simulated[b] / simulated[a] - 1
-        yield Pair(
-            a=a,
-            b=b,
-            difference=difference,
-            interval=(low, high),
-            significant=bootstrap.shows_anything and (low > 0 or high < 0),
-            simulated_difference=simulated_difference,
-            agrees=difference * simulated_difference > 0,
-            left_out=int(failed.sum()),
-        )
+    """Of many pairs one in twenty that do not differ seems to; Benjamini and Hochberg's procedure
+    (Journal of the Royal Statistical Society B 57, 1995) asks the more for it, the fewer do."""
+    pairs = [
+        _pair(figure, bootstrap, simulated, *two) for two in combinations(enumerate(simulated), 2)
+    ]
+    adjusted = stats.false_discovery_control([pair.p_value for pair in pairs])
+    for pair, among_all in zip(pairs, adjusted, strict=True):
+        shown = bootstrap.shows_anything and bool(among_all <= FALSE_DISCOVERIES)
+        yield replace(pair, significant=shown)
+
+
+def _pair(
+    figure: Figure,
+    bootstrap: Bootstrap,
+    simulated: Mapping[str, float],
+    first: tuple[int, str],
+    second: tuple[int, str],
+) -> Pair:
+    """As if it were the only one, and not yet called significant."""
+    (i, a), (j, b) = first, second
+    failed = bootstrap.failed[i] | bootstrap.failed[j]
+    both = ~np.isnan(bootstrap.values_s[i] + bootstrap.values_s[j]) & ~failed
+    if not both.any():
+        raise InputError(f"{a} and {b} answered no request in common: are they the same list?")
+    of_a, of_b = bootstrap.values_s[i, both], bootstrap.values_s[j, both]
+    differences = bootstrap.samples(j, both) / bootstrap.samples(i, both) - 1
+    statistic = STATISTICS[figure.statistic]
+    difference = statistic(of_b) / statistic(of_a) - 1
+    simulated_difference = simulated[b] / simulated[a] - 1
+    return Pair(
+        a=a,
+        b=b,
+        difference=difference,
+        interval=interval(differences),
+        p_value=p_value(differences),
+        significant=False,
+        simulated_difference=simulated_difference,
+        agrees=difference * simulated_difference > 0,
+        left_out=int(failed.sum()),
+    )
