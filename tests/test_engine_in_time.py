@@ -50,6 +50,9 @@ class TimedPlainEngine:
         self.times: dict[str, Times] = {}
         self.prefill_tokens: dict[str, int] = {}
         self.durations_ps: deque[int] = deque()
+        self.told = (0, 0, 0)
+        self.came = 0
+        """Requests, since the batch that is computed began to be."""
 
     @property
     def end_ns(self) -> int | None:
@@ -60,7 +63,9 @@ class TimedPlainEngine:
         """An idle engine starts at once, with this request alone."""
         self.times[request.id] = Times()
         self.engine.add(request)
-        if not self.durations_ps:
+        if self.durations_ps:
+            self.came += 1
+        else:
             self.clock_ps = max(self.clock_ps, now_ns * 1000)
             self._form_batches(now_ns)
 
@@ -75,9 +80,16 @@ class TimedPlainEngine:
         for sequence, outputs in sampling:
             if sequence.outputs > outputs:
                 self._note_token(sequence)
+        running, waiting, used = self._state()
+        self.told = running, waiting - self.came, used
+        self.came = 0
         self._form_batches(now_ns)
 
     def gauges(self) -> tuple[int, int, int]:
+        """As a scrape reads them: what was said when the last step ended."""
+        return self.told if self.durations_ps else self._state()
+
+    def _state(self) -> tuple[int, int, int]:
         """Running, waiting, blocks in use."""
         engine = self.engine
         used = self.config.usable_blocks - engine.free_blocks

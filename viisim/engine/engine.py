@@ -67,6 +67,10 @@ class Engine:
         """The steps behind the head: sequences, tokens they attend to in the first of these
         steps, its duration (ps), and by how much each further one is longer (ps)."""
         self._aborts: list[Sequence] = []
+        self._told = (0, 0, 0)
+        """What the gauges said when the last step before the train ended."""
+        self._arrivals: list[int] = []
+        """How many steps of the train were over when each request came that came during it."""
 
     # -- for the kernel --
 
@@ -82,13 +86,15 @@ class Engine:
                 self._idle_ps += idle_ps
                 self._clock_ps += idle_ps
             return self._begin(now_ns)
-        return self._cut(now_ns, step_ended) if may_matter and self._train > 1 else None
+        over = self._steps_over(now_ns, step_ended)
+        self._arrivals.append(over)
+        return self._cut(over) if may_matter else None
 
     def abort(self, sequence: Sequence, now_ns: int, step_ended: bool = False) -> int | None:
         """Take a request out at the end of the step in progress, which it wastes; returns the
         new time of the next event if that has changed. Only while something is computed."""
         self._aborts.append(sequence)
-        return self._cut(now_ns, step_ended) if self._train > 1 else None
+        return self._cut(self._steps_over(now_ns, step_ended)) if self._train > 1 else None
 
     def change_step_time(
         self, step_time: StepTime, now_ns: int, step_ended: bool = False
@@ -96,7 +102,7 @@ class Engine:
         """From the next step on, steps take this long; returns the new time of the next event if
         that has changed."""
         self.step_time = step_time
-        return self._cut(now_ns, step_ended) if self._train > 1 else None
+        return self._cut(self._steps_over(now_ns, step_ended)) if self._train > 1 else None
 
     def halt(self, until_ns: int, now_ns: int, step_ended: bool = False) -> int | None:
         """Compute nothing from now until then: the step in progress, or the first that would
@@ -134,6 +140,9 @@ class Engine:
                 following.lasts = scheduler.advance(steps)
                 following.context_tokens += steps * members
         ended = scheduler.update(lasts) if lasts else lasts
+        running, waiting, used = self._state()
+        self._told = running, waiting - self._arrivals.count(self._train - 1), used
+        self._arrivals.clear()
         self._head, self._following, self._train = following, None, 0
         if self._aborts:
             self._take_aborts()
@@ -163,14 +172,25 @@ class Engine:
             self._take_tokens(head)
 
     def gauges(self, now_ns: int) -> tuple[int, int, int]:
-        """Running, waiting, and KV blocks in use, as a scrape at this moment would read."""
+        """Running, waiting, and KV blocks in use, as a scrape at this moment would read.
+
+        vLLM says them at the end of each step (`Scheduler.make_stats`): without what came during
+        it, which waits outside of the scheduler, and before the next step takes its own.
+        """
+        if not self._train:
+            return self._state()
+        over = self._steps_over(now_ns, step_ended=False)
+        if not over:
+            return self._told
+        running, waiting, used = self._state()
+        decodes = over if self._head is None else over - 1
+        waiting -= sum(1 for before in self._arrivals if before >= over - 1)
+        return running, waiting, used + self.scheduler.blocks_for(decodes)
+
+    def _state(self) -> tuple[int, int, int]:
+        """The same as the scheduler has it, with the blocks of no decode step of the train."""
         scheduler = self.scheduler
         used = scheduler.settings.usable_blocks - scheduler.pool.free_blocks
-        if self._train:
-            # The blocks of the head were taken when it was formed, those of decode steps were
-            # not: the step in progress has taken its own.
-            over = self._steps_over(now_ns, step_ended=False)
-            used += scheduler.blocks_for(over if self._head is not None else over + 1)
         return len(scheduler.running), len(scheduler.waiting), used
 
     def spent_ns(self, now_ns: int) -> tuple[int, int]:
@@ -329,12 +349,12 @@ class Engine:
             end_ps += steps * step_ps + steps * (steps - 1) // 2 * growth_ps
         return -(-end_ps // PS_PER_NS)
 
-    def _cut(self, now_ns: int, step_ended: bool) -> int | None:
-        """Let the train end with the step in progress; returns its end if that is new."""
-        steps = self._steps_over(now_ns, step_ended) + 1
-        if steps == self._train:
+    def _cut(self, over: int) -> int | None:
+        """Let the train end with the step in progress, so many being over; returns its end if
+        that is new."""
+        if over + 1 == self._train:
             return None
-        self._train = steps
+        self._train = over + 1
         return self._end_ns()
 
     def _steps_over(self, now_ns: int, step_ended: bool) -> int:
