@@ -48,37 +48,31 @@ class Replica:
 
     def take(self, sequence: Sequence, now_ns: int) -> None:
         """A request is dispatched to this replica."""
-        kernel = self._kernel
-        step_ended = kernel.ended_ns == now_ns and kernel.ended_priority > self._priority
-        end_ns = self.engine.arrive(sequence, now_ns, step_ended)
-        if end_ns is not None:
-            self._call = kernel.call_at(end_ns, self._priority, self._step_end)
+        self._wake_at(self.engine.arrive(sequence, now_ns, self._step_has_ended(now_ns)))
 
     def abort(self, sequence: Sequence, now_ns: int) -> None:
         """Withdraw a sequence; it is gone after the step in progress."""
         if self._has_died:
             return  # it is gone already
-        kernel = self._kernel
-        step_ended = kernel.ended_ns == now_ns and kernel.ended_priority > self._priority
-        end_ns = self.engine.abort(sequence, now_ns, step_ended)
-        if end_ns is not None:
-            self._call = kernel.call_at(end_ns, self._priority, self._step_end)
+        self._wake_at(self.engine.abort(sequence, now_ns, self._step_has_ended(now_ns)))
 
     def change_step_time(self, step_time: StepTime, now_ns: int) -> None:
         """From the next step on, steps take this long."""
-        kernel = self._kernel
-        step_ended = kernel.ended_ns == now_ns and kernel.ended_priority > self._priority
-        end_ns = self.engine.change_step_time(step_time, now_ns, step_ended)
-        if end_ns is not None:
-            self._call = kernel.call_at(end_ns, self._priority, self._step_end)
+        self._wake_at(self.engine.change_step_time(step_time, now_ns, self._step_has_ended(now_ns)))
 
     def halt(self, until_ns: int, now_ns: int) -> None:
         """Nothing is computed from now until then."""
+        self._wake_at(self.engine.halt(until_ns, now_ns, self._step_has_ended(now_ns)))
+
+    def _step_has_ended(self, now_ns: int) -> bool:
+        """Whether a step of the engine that ends at this very nanosecond is over."""
         kernel = self._kernel
-        step_ended = kernel.ended_ns == now_ns and kernel.ended_priority > self._priority
-        end_ns = self.engine.halt(until_ns, now_ns, step_ended)
+        return kernel.ended_ns == now_ns and kernel.ended_priority > self._priority
+
+    def _wake_at(self, end_ns: int | None) -> None:
+        """The engine's next event is then; None: when it was."""
         if end_ns is not None:
-            self._call = kernel.call_at(end_ns, self._priority, self._step_end)
+            self._call = self._kernel.call_at(end_ns, self._priority, self._step_end)
 
     def withhold(self) -> None:
         """From now on the engine computes unheard, until `release`."""

@@ -79,9 +79,9 @@ _HOW_TO_READ = """\
   for itself.
 - Answers and their tokens are counted and must be equal at every load.
 - In a ranking only pairs count whose measured difference is significant: by a paired bootstrap, and
-  so that of those called significant 5% are so by chance (Benjamini and Hochberg); intervals are
-  those of 95%, of each pair by itself. Regret is what one loses by taking the policy that the
-  simulator has for best."""
+  so that of those called significant at most 5% are expected to be so by chance (Benjamini and
+  Hochberg); intervals are those of 95%, of each pair by itself. Regret is what one loses by taking
+  the policy that the simulator has for best."""
 
 
 # --------------------------------------------------------------------------------------
@@ -184,9 +184,9 @@ same and has nothing to do with the worker is timed ten times a second, during t
 in all runs. Where it takes g times as long as in the mean of the calibration, in means over two
 seconds, decode and prefill are predicted to take so many times as long as the profile says: powers
 of g, which the calibration found ("Step times" has what comes of it by run). A gauge that even at
-its quickest is more than 3% off that of the calibration ("What ran") has a slower or quicker place
-in the memory, and is taken to be so much off always. Where the machine halted, as the gauge sees by
-its own sleep, nothing is predicted to go on. What else could have been assumed:
+its quickest is more than 3% off that of the calibration ("What ran") is taken to be so much off
+always, by itself and not by the machine. Where the machine halted, as the gauge sees by its own
+sleep, nothing is predicted to go on. What else could have been assumed:
 
 - *as calibrated*: the profiles alone, as if every hour were like that of the calibration.
 - *their own speed*: in each run, steps take as many times what the profile says as they all
