@@ -391,9 +391,10 @@ def _in_processes(
     """Every seed in a process of a pool. Spawned, not forked: the same on every system, and
     safe in a program that has threads."""
     context = multiprocessing.get_context("spawn")
-    counters = context.RawArray("q", 2 * len(journals))
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, context, _start_worker, (counters,))
+    with _undisturbed():  # a finalizer half made prints a traceback when it is dropped
+        counters = context.RawArray("q", 2 * len(journals))
+        pool = ProcessPoolExecutor(jobs, context, _start_worker, (counters,))
     try:
         with _undisturbed():
             futures = [pool.submit(_work, experiment, *each) for each in enumerate(journals)]
